@@ -1,0 +1,84 @@
+"""Command lines: a dataclass is the config, its fields are the flags. Imports nothing heavy, so that `--help` answers at once.
+
+A field is declared with `flag(default, help, group)`. Bad input anywhere ends in one line and exit status 2.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from pathlib import Path
+
+
+def flag(default, help, group="options", choices=None, unit=""):
+    """A config field: `help` says what it is, `unit` what it counts. A tuple default means that the flag may be repeated."""
+    meta = {"help": help + (f" [{unit}]" if unit else ""), "group": group, "choices": choices}
+    if isinstance(default, (list, tuple)):
+        return dataclasses.field(default_factory=lambda: tuple(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.5)
+            message = f"unknown flag {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def one_of(choices):
+    """A type for argparse that names the nearest known value."""
+    def parse(text):
+        if text not in choices:
+            near = difflib.get_close_matches(text, choices, 1, 0.4)
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else ""))
+        return text
+    return parse
+
+
+def parse_config(cls, argv=None, description=""):
+    """A `cls` (dataclass) filled from the command line; `--batch-size` for `batch_size`, `--no-ema` for a field that is True."""
+    parser = Parser(prog=Path(sys.argv[0]).name, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {}
+    for field in dataclasses.fields(cls):
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        name, meta = "--" + field.name.replace("_", "-"), field.metadata
+        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        help = meta["help"].replace("%", "%%") + (f" (default: {default})" if default not in (None, "", ()) else "")
+        if isinstance(default, bool):
+            group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
+        elif isinstance(default, tuple):
+            group.add_argument(name, action="append", default=[], metavar=field.name.upper(), help=help + " (repeatable)")
+        else:
+            kind = one_of(meta["choices"]) if meta["choices"] else number(field.type)
+            metavar = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else field.name.upper()
+            group.add_argument(name, type=kind, default=default, metavar=metavar, help=help)
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()})
+
+
+def number(kind):
+    """int or float, finite; any other type as it stands."""
+    if kind not in (int, float):
+        return str
+    def parse(text):
+        value = kind(text)
+        if value != value or abs(value) == float("inf"):
+            raise ValueError
+        return value
+    parse.__name__ = kind.__name__  # argparse: "invalid int value"
+    return parse
+
+
+def one_line_errors(main):
+    """Run `main`; bad input (ValueError, OSError, an absent package) ends in one line on stderr and exit status 2."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("NANOSD3_TRACEBACK"):  # for developers
+            raise
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

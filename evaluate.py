@@ -1,0 +1,357 @@
+"""Evaluation: validation loss per noise level, CLIP score, FID on CLIP features, the six GenEval categories and typography on `shapes`.
+(Sec. 5.1, 5.3.3)
+
+    python evaluate.py                                   # the shipped miniature: 100 prompts a category, level lattice
+    python evaluate.py --weights runs/mine --prompts 20 --level free
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+
+import checkpoint
+import data
+from config import flag, one_line_errors, parse_config
+from sample import generate, grid
+from text_encoders import CLIPLayer
+
+# ---------------------------------------------------------------------------------------------------------------
+# CLIP's image tower (Radford et al. 2021), with the names of the released checkpoints
+
+
+class CLIPImageEncoder(nn.Module):
+    """Images (B, 3, S, S) in [-1, 1], resized to `resolution`, -> embeddings (B, projection), not normalised."""
+
+    def __init__(self, resolution=224, patch_size=14, width=1024, layers=24, heads=16, projection=768):
+        super().__init__()
+        self.resolution = resolution
+        body = self.vision_model = nn.Module()
+        body.embeddings = nn.Module()
+        body.embeddings.class_embedding = nn.Parameter(0.02 * torch.randn(width))
+        body.embeddings.patch_embedding = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
+        body.embeddings.position_embedding = nn.Embedding((resolution // patch_size) ** 2 + 1, width)
+        nn.init.normal_(body.embeddings.position_embedding.weight, std=0.02)
+        body.pre_layrnorm = nn.LayerNorm(width)  # the released name, misspelt
+        body.encoder = nn.Module()
+        body.encoder.layers = nn.ModuleList(CLIPLayer(width, heads, 4 * width, "quick_gelu", causal=False) for _ in range(layers))
+        body.post_layernorm = nn.LayerNorm(width)
+        self.visual_projection = nn.Linear(width, projection, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, images):
+        body, size = self.vision_model, (self.resolution, self.resolution)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True)
+        x = body.embeddings.patch_embedding(images).flatten(2).transpose(1, 2)                  # (B, N, D)
+        x = torch.cat([body.embeddings.class_embedding.expand(len(x), 1, -1), x], 1)            # (B, 1 + N, D)
+        x = body.pre_layrnorm(x + body.embeddings.position_embedding.weight)
+        for layer in body.encoder.layers:
+            x = layer(x)
+        return self.visual_projection(body.post_layernorm(x[:, 0]))                             # (B, P)
+
+
+def clip_score(image_features, text_features):
+    """Mean cosine between matching rows of two (N, P) tensors, in [-1, 1] (Hessel et al. 2021, without the factor 2.5)."""
+    return F.cosine_similarity(image_features, text_features).mean().item()
+
+
+def retrieval(image_features, text_features, ways=64):
+    """Share of images that rank their own text first among `ways` texts; the rows are taken in groups of `ways`."""
+    image, text = (F.normalize(f[: len(f) // ways * ways].unflatten(0, (-1, ways)), dim=-1) for f in (image_features, text_features))
+    best = (image @ text.mT).argmax(-1)                                                         # (groups, ways)
+    return (best == torch.arange(ways)).float().mean().item()
+
+
+def frechet_distance(a, b):
+    """Frechet distance between Gaussians fitted to two feature sets (N, P), (M, P) (Heusel et al. 2017); FID when the features are CLIP's.
+    tr sqrt(S_a S_b) is the sum of the singular values of sqrt(S_a) sqrt(S_b)."""
+    def root(x):
+        values, vectors = torch.linalg.eigh(torch.cov(x.T))
+        return vectors * values.clamp(min=0).sqrt() @ vectors.mT
+    a, b = a.double(), b.double()
+    ra, rb = root(a), root(b)
+    cross = torch.linalg.svdvals(ra @ rb).sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + ra.square().sum() + rb.square().sum() - 2 * cross).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The validation loss of Sec. 5.3.3
+
+
+@torch.no_grad()
+def validation_loss(network, formulation, latents, context, pooled, levels=8, seed=0):
+    """One loss a level, at t equally spaced in (0, 1]; the paper averages over all but the last, t = 1. The noise depends on the seed alone."""
+    generator, losses = torch.Generator().manual_seed(seed), []
+    for t in torch.linspace(0, 1, levels + 1)[1:]:
+        eps = torch.randn(latents.shape, generator=generator)
+        t = t.clamp(formulation.t_min, formulation.t_max).expand(len(latents))
+        loss = formulation.loss(lambda z, s: network(z, s, context, pooled), latents, t=t, eps=eps)
+        losses.append(loss.mean().item())
+    return losses
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The detector of `shapes`: what a picture shows, by program. Tested on true renders (tests/test_evaluate.py).
+
+PALETTE = np.array(list(data.COLORS.values()), float)
+GROUNDS = np.array(list(data.BACKGROUNDS.values()), float)
+
+
+def detect(image):
+    """uint8 (H, W, 3) -> (background name, list of data.Thing), lengths in cells. What has no clear shape or color is given
+    shape '?' or color '?': a blob counts as an object, but never as the right one."""
+    pixels = image.astype(float)
+    ground = np.median(pixels.reshape(-1, 3), 0)
+    cell = min(image.shape[:2]) / 4
+    distance = np.sqrt(((pixels - ground) ** 2).sum(-1))
+    things = []
+    for mask in components(distance > 50):
+        if mask.sum() > 0.03 * cell ** 2 and distance[mask].max() > 75:  # smaller or fainter is a blemish, not an object
+            things.append(sign(pixels, mask, cell) or shape(pixels, mask, ground, distance, cell))
+    boards = [t for t in things if t.word]  # counters of letters are not things of their own
+    things = [t for t in things if t.word or not any(abs(t.x - b.x) < b.half[0] and abs(t.y - b.y) < b.half[1] for b in boards)]
+    return list(data.BACKGROUNDS)[nearest(ground, GROUNDS)[0]], things
+
+
+def shows(scene, background, things, tolerance=0.2):
+    """Are background and things just those of the scene: attributes, words, sizes and places (to `tolerance` cells)?"""
+    left = list(things)
+    for w in scene.things:
+        fits = [t for t in left if (t.shape, t.color, t.word) == (w.shape, w.color, w.word) and w.size in (t.size, "medium")
+                and abs(t.x - w.x) < tolerance and abs(t.y - w.y) < tolerance]
+        if not fits:
+            return False
+        left.remove(fits[0])
+    return not left and background == scene.background
+
+
+def components(mask):
+    """The connected components (4 neighbours) of a boolean array, each as a boolean array of the same shape."""
+    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    while True:  # every pixel takes the largest label around it until nothing changes
+        padded = np.pad(labels, 1)
+        grown = np.where(mask, np.maximum.reduce([padded[1:-1, 1:-1], padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2],
+                                                  padded[1:-1, 2:]]), 0)
+        if (grown == labels).all():
+            return [labels == k for k in np.unique(labels) if k]
+        labels = grown
+
+
+def nearest(color, palette):
+    """(index, Euclidean distance in 8-bit RGB) of the palette's nearest entry."""
+    distances = np.sqrt(((palette - color) ** 2).sum(-1))
+    return int(distances.argmin()), distances.min()
+
+
+def palette_name(color, tolerance=60):
+    index, distance = nearest(color, PALETTE)
+    return list(data.COLORS)[index] if distance < tolerance else "?"
+
+
+def coverage(pixels, ground, color):
+    """How far each pixel lies on the way from `ground` to `color`, in [0, 1]: the antialiased mask of a flat shape."""
+    direction = color - ground
+    return np.clip((pixels - ground) @ direction / (direction @ direction), 0, 1)
+
+
+@lru_cache(None)
+def template_moments(name):
+    """(area, centre x, centre y) of a shape of unit radius about its origin."""
+    size = 200
+    alpha = template(name, size / 2, size / 2, size / 2 / 1.1, size, size, 1)
+    ys, xs = np.mgrid[:size, :size] + 0.5
+    area = alpha.sum()
+    return tuple(m / (size / 2.2) for m in (area / (size / 2.2), (alpha * xs).sum() / area - size / 2, (alpha * ys).sum() / area - size / 2))
+
+
+def template(name, x, y, radius, width, height, s=data.SUPERSAMPLING):
+    """The antialiased mask (height, width) of a shape."""
+    canvas = Image.new("L", (width * s, height * s))
+    data.draw_shape(ImageDraw.Draw(canvas), name, 255, x * s, y * s, radius * s)
+    return np.asarray(canvas.reduce(s) if s > 1 else canvas) / 255
+
+
+def shape(pixels, mask, ground, distance, cell, least=0.7):
+    """The Thing in a component: color of its core, and the shape whose template of equal area and centre overlaps most.
+    Overlap = sum of minima / sum of maxima of the two masks; below `least` the shape is '?'."""
+    core = mask & (distance >= 0.8 * np.quantile(distance[mask], 0.9))
+    color = np.median(pixels[core], 0)
+    ys, xs = np.nonzero(mask)
+    top, bottom, left, right = max(ys.min() - 2, 0), ys.max() + 3, max(xs.min() - 2, 0), xs.max() + 3
+    near = np.pad(mask, 1)  # the component and the antialiased rim around it
+    near = near[1:-1, 1:-1] | near[:-2, 1:-1] | near[2:, 1:-1] | near[1:-1, :-2] | near[1:-1, 2:]
+    alpha = (coverage(pixels, ground, color) * near)[top:bottom, left:right]
+    height, width = alpha.shape
+    area = alpha.sum()
+    ys, xs = np.mgrid[:height, :width] + 0.5
+    x, y = (alpha * xs).sum() / area, (alpha * ys).sum() / area
+
+    def fitted(name):
+        unit_area, cx, cy = template_moments(name)
+        radius = math.sqrt(area / unit_area)
+        other = template(name, x - cx * radius, y - cy * radius, radius, width, height)
+        return np.minimum(alpha, other).sum() / np.maximum(alpha, other).sum(), radius
+
+    overlap, name = max((fitted(name)[0], name) for name in data.SHAPES)
+    size = min(data.RADII, key=lambda k: abs(data.RADII[k] - fitted(name)[1] / cell))
+    return data.Thing(palette_name(color), (x + left) / cell, (y + top) / cell, name if overlap > least else "?", size)
+
+
+def sign(pixels, mask, cell):
+    """The sign in a component, or None: a board a cell high and a whole number of cells wide, with ink on it."""
+    ys, xs = np.nonzero(mask)
+    top, bottom, left, right = ys.min(), ys.max() + 1, xs.min(), xs.max() + 1
+    height, letters = (bottom - top) / cell, round((right - left) / cell + 0.08)
+    if not (0.8 < height < 1.1 and 1 <= letters <= 4 and abs(right - left - (letters - 0.08) * cell) < 0.25 * cell):
+        return None
+    full = mask[top:bottom, left:right]
+    edges = full[1] | full[2], full[-2] | full[-3], full[:, 1] | full[:, 2], full[:, -2] | full[:, -3]
+    if min(edge.mean() for edge in edges) < 0.8 or not full[[1, 1, -2, -2], [1, -2, 1, -2]].all():  # four straight edges, four corners
+        return None
+    board = pixels[top:bottom, left:right]
+    color = palette_name(np.median(np.concatenate([board[1:3].reshape(-1, 3), board[-3:-1].reshape(-1, 3)]), 0))  # where no ink is
+    if color == "?":
+        return None
+    alpha = coverage(board, np.array(data.COLORS[color], float), np.array(data.ink(color), float))
+    margin = round(0.15 * cell)
+    if alpha[margin:-margin, margin:-margin].mean() < 0.04:
+        return None
+    thing = data.Thing(color, (left + right) / 2 / cell, (top + bottom) / 2 / cell, word="?" * letters)
+    return data.Thing(thing.color, thing.x, thing.y, word="".join(read_letter(alpha, k, letters, cell) for k in range(letters)))
+
+
+@lru_cache(None)
+def letter_template(letter, cell):
+    """The ink (cell, cell) of a letter in the middle of its cell, with a margin of 2 pixels."""
+    size, s = cell + 4, data.SUPERSAMPLING
+    canvas = Image.new("RGB", (size * s, size * s))
+    data.draw_sign(ImageDraw.Draw(canvas), data.Thing("blue", size / cell / 2, size / cell / 2, word=letter), cell * s)
+    return coverage(np.asarray(canvas.reduce(s), float), np.array(data.COLORS["blue"], float), np.array(data.ink("blue"), float))
+
+
+def read_letter(alpha, k, letters, cell):
+    """The letter whose ink fits best in the k-th cell of a board, over shifts of up to 2 pixels."""
+    height, width = alpha.shape
+    size = round(cell)
+    cx, cy = (k + 0.5) / letters * width, height / 2
+    reach = round(0.38 * size)
+    window = np.pad(alpha, size)[round(cy) - reach + size:round(cy) + reach + size, round(cx) - reach + size:round(cx) + reach + size]
+
+    def error(letter, dx, dy):
+        middle = (size + 4) // 2
+        ink = letter_template(letter, size)[middle + dy - reach:middle + dy + reach, middle + dx - reach:middle + dx + reach]
+        return ((ink - window) ** 2).sum()
+
+    return min((error(letter, dx, dy), letter) for letter in data.LETTERS for dx in (-2, -1, 0, 1, 2) for dy in (-1, 0, 1))[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# GenEval's six categories (Ghosh et al. 2023) on `shapes`, and typography
+
+CATEGORIES = ("single object", "two objects", "counting", "colors", "position", "color attribution")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt and what its picture must show: each wanted thing (any color where color is ''), and how the first two lie."""
+    category: str
+    prompt: str
+    wanted: tuple[data.Thing, ...]
+    relation: str = ""
+
+
+def tasks(category, n, seed=0, unseen=False):
+    """`n` prompts of a category (or of 'typography'), with (shape, color) pairs and words seen in training, or only unseen ones."""
+    rng = np.random.default_rng((seed, (*CATEGORIES, "typography").index(category), unseen))
+    return [task(category, rng, unseen) for _ in range(n)]
+
+
+def task(category, rng, unseen):
+    def pick(color=True):
+        while True:
+            shape, name = data.SHAPES[rng.integers(8)], list(data.COLORS)[rng.integers(8)]
+            if ((shape, name) in data.HELD_OUT_PAIRS) == unseen:
+                return data.Thing(name if color else "", 0, 0, shape)
+
+    def two(color):
+        a, b = pick(color), pick(color)
+        return (a, b) if a.shape != b.shape else two(color)
+
+    if category == "typography":
+        words = [w for w in data.HELD_OUT_WORDS] if unseen else ["".join(data.LETTERS[k] for k in rng.integers(26, size=rng.integers(1, 5)))]
+        word = words[rng.integers(len(words))]
+        return Task(category, f"a sign that says {word}", (data.Thing("", 0, 0, word=word),))
+    if category in ("single object", "colors"):
+        things = (pick(category == "colors"),)
+        return Task(category, data.named(things[0], bool(things[0].color)), things)
+    if category == "counting":
+        count, thing = int(rng.integers(2, 5)), pick()
+        return Task(category, f"{data.NUMBERS[count]} {thing.color} {data.plural(thing.shape)}", (thing,) * count)
+    things = two(category == "color attribution" or unseen)
+    names = [data.named(t, bool(t.color)) for t in things]
+    if category == "position":
+        word = ("left of", "right of", "above", "below")[rng.integers(4)]
+        return Task(category, f" {word} ".join(names), things, word)
+    return Task(category, " and ".join(names), things)
+
+
+def judge(task, things):
+    """(exact, geneval): is the picture of `things` just what the task wants, and does it pass by GenEval's own rule,
+    which forgives further objects except in counting?"""
+    matches = assign(task.wanted, things)
+    if matches is None:
+        return False, False
+    right = not task.relation or related(matches[0], matches[1], task.relation)
+    exact = len(things) == len(task.wanted)
+    return right and exact, right and (exact or task.category != "counting")
+
+
+def assign(wanted, things):
+    """A different thing for each wanted one, or None. Wanted things are alike or differ in shape, so first come serves all."""
+    left, found = list(things), []
+    for w in wanted:
+        fits = [t for t in left if t.shape == w.shape and t.word == w.word and w.color in ("", t.color)]
+        if not fits:
+            return None
+        found.append(fits[0])
+        left.remove(fits[0])
+    return found
+
+
+def related(a, b, word, threshold=0.5):
+    """GenEval's rule: the centres differ in the named direction by more than a threshold (here half a cell)."""
+    return {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[word] > threshold
+
+
+def geneval(bundle, n, seed=0, unseen=False, categories=CATEGORIES, batch_size=128, **settings):
+    """({category: exact success, ..., 'overall': mean, 'geneval': mean by GenEval's rule}, [(task, image, success), ...]) over n prompts a category."""
+    todo = [t for category in categories for t in tasks(category, n, seed, unseen)]
+    results = []
+    for start in range(0, len(todo), batch_size):
+        part = todo[start:start + batch_size]
+        images = generate(bundle, [t.prompt for t in part], seed=seed * 100_000 + start, **settings)
+        results += [(t, image, judge(t, detect(image.numpy())[1])) for t, image in zip(part, images)]
+    scores = {c: float(np.mean([exact for t, _, (exact, _) in results if t.category == c])) for c in categories}
+    scores["overall"] = float(np.mean(list(scores.values())))
+    scores["geneval"] = float(np.mean([loose for _, _, (_, loose) in results]))
+    return scores, results
+
+
+def typography(bundle, n, seed=0, unseen=False, **settings):
+    """{'letters': share of letters read back in their place, 'words': share of whole words}, over n signs."""
+    _, results = geneval(bundle, n, seed, unseen, categories=("typography",), **settings)
+    right = total = 0
+    for t, image, _ in results:
+        word = t.wanted[0].word
+        read = next((thing.word for thing in detect(image.numpy())[1] if thing.word), "")
+        right += sum(a == b for a, b in zip(word, read))
+        total += len(word)
+    return {"letters": right / total, "words": float(np.mean([exact for *_, (exact, _) in results]))}

@@ -1,0 +1,278 @@
+"""MM-DiT, the backbone of Stable Diffusion 3 (Sec. 4, Fig. 2): text and image tokens, each with weights of their own, in one joint attention.
+
+Read top-down: positions and time (the inputs), attention, one stream, one block, the model. Modules are named as in Stability's released checkpoints, which load with `strict=True`.
+Beyond the paper: the second, image-only attention of SD3.5-medium (`dual_attention_blocks`).
+
+Axes: B batch, C latent channels, h x w latent size, p patch size, N image tokens, L text tokens, T tokens of all streams, D = 64 * depth width, H = depth heads.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+HEAD_DIM = 64       # Sec. 4: width 64 * depth, depth heads
+
+
+# ---------------------------------------------------------------- positions and time
+
+def frequencies(x, dim):
+    """Angles of the sinusoidal embeddings: (N,) -> (N, dim/2), wavelengths geometric from 2 pi to 10000 * 2 pi, in the precision of x."""
+    return x[:, None] * torch.exp(torch.arange(dim // 2, dtype=x.dtype, device=x.device) * (-math.log(10000) / (dim // 2)))
+
+
+def embed_timestep(t, dim=256):
+    """(B,) in [0, 1] -> (B, dim). Always in float32: bf16 would round 998.4 to 1000."""
+    angles = frequencies(1000 * t.float(), dim)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def embed_positions(max_size, base_size, dim):
+    """The paper's position grid for varying aspect ratios (Sec. 5.3.2), before its centre crop: (max_size, max_size, dim).
+
+    Both sides in tokens: base_size is s = S/16. The middle s x s tokens get the positions 0 <= p < 16 of a 256 x 256 pretraining, the others go on outside."""
+    grid = (torch.arange(max_size, dtype=torch.float64) - (max_size - base_size) / 2) * 16 / base_size
+    angles = frequencies(grid, dim // 2)                                      # (max, dim/4)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)                     # (max, dim/2)
+    shape = max_size, max_size, dim // 2
+    return torch.cat([axis[None, :].expand(shape), axis[:, None].expand(shape)], dim=2).float()      # width first, as released
+
+
+# ---------------------------------------------------------------- attention
+
+def tiles(n, size):
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+class FusedAttention(torch.autograd.Function):
+    """Exact softmax attention in O(N) memory, after FlashAttention (Dao et al. 2022): scores exist one tile of queries x keys at a time, in either direction."""
+
+    QUERIES, KEYS = 256, 512
+
+    @staticmethod
+    def forward(ctx, q, k, v):                                                # (G, N, 64)
+        out, lse = torch.empty_like(q), q.new_empty(*q.shape[:2], 1)
+        scale = q.shape[-1] ** -0.5
+        for i in tiles(q.shape[1], FusedAttention.QUERIES):
+            qi = q[:, i] * scale
+            top, total, acc = -math.inf, 0, 0                                 # of the keys so far: maximum score, sum and weighted sum of v under exp(score - top)
+            for j in tiles(k.shape[1], FusedAttention.KEYS):
+                s = qi @ k[:, j].mT
+                new = s.amax(-1, keepdim=True).clamp(min=top)
+                s.sub_(new).exp_()
+                decay = (top - new).exp()
+                total, acc, top = total * decay + s.sum(-1, keepdim=True), acc * decay + s @ v[:, j], new
+            out[:, i], lse[:, i] = acc / total, top + total.log()
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, lse = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        delta = (grad * out).sum(-1, keepdim=True)
+        for i in tiles(q.shape[1], FusedAttention.QUERIES):
+            qi = q[:, i] * scale
+            for j in tiles(k.shape[1], FusedAttention.KEYS):
+                p = (qi @ k[:, j].mT).sub_(lse[:, i]).exp_()
+                dv[:, j] += p.mT @ grad[:, i]
+                ds = (grad[:, i] @ v[:, j].mT).sub_(delta[:, i]).mul_(p)
+                dq[:, i] += ds @ k[:, j]
+                dk[:, j] += ds.mT @ qi
+        return dq.mul_(scale), dk, dv
+
+
+def fused_attention(q, k, v):
+    """softmax(q k^T / 8) v by hand: (B, H, N, 64) -> (B, H, N, 64), O(N) memory. Keys may be of another number than queries. Sums are kept in float32 at least."""
+    with torch.autocast(q.device.type, enabled=False):
+        out = FusedAttention.apply(*(x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)))
+    return out.to(v.dtype).unflatten(0, q.shape[:2])
+
+
+attention = getattr(F, 'scaled_dot_product_attention', fused_attention)       # (B, H, N, 64) -> (B, H, N, 64)
+ATTENTIONS = {'sdpa': attention, 'fused': fused_attention}
+
+
+class SelfAttention(nn.Module):
+    """The weights of one stream around the joint attention: in (QKV, their optional RMSNorm, Sec. 5.3.2) and out."""
+
+    def __init__(self, width, qk_norm, project=True):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.ln_q = nn.RMSNorm(HEAD_DIM, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_k = nn.RMSNorm(HEAD_DIM, eps=1e-6) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width) if project else None
+
+    def heads(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, -1, HEAD_DIM)).unbind(2)       # (B, N, D) -> 3 of (B, N, H, 64)
+        return self.ln_q(q), self.ln_k(k), v
+
+
+# ---------------------------------------------------------------- the block
+
+def norm(x):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulate(x, shift, scale):
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def modulation(width, vectors):
+    """adaLN's linear: (B, D) -> (B, vectors * D). Its SiLU is applied once for all blocks, in `MMDiT.forward`; it holds place 0 for the released names."""
+    return nn.Sequential(nn.Identity(), nn.Linear(width, vectors * width))
+
+
+class MLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate='tanh'))
+
+
+class Stream(nn.Module):
+    """One column of Fig. 2b, before and after the joint attention. The text of the last block only gives Q, K and V (`qkv_only`)."""
+
+    def __init__(self, width, qk_norm, qkv_only=False, dual=False):
+        super().__init__()
+        self.vectors = 2 if qkv_only else 9 if dual else 6
+        self.adaLN_modulation = modulation(width, self.vectors)
+        self.attn = SelfAttention(width, qk_norm, project=not qkv_only)
+        self.attn2 = SelfAttention(width, qk_norm) if dual else None
+        self.mlp = None if qkv_only else MLP(width)
+
+    def before(self, x, c):
+        """(B, N, D), (B, D) -> q, k, v (B, N, H, 64) for the joint attention, and the modulation left for `after`."""
+        shift, scale, *rest = self.adaLN_modulation(c)[:, None].chunk(self.vectors, dim=2)       # each (B, 1, D)
+        return self.attn.heads(modulate(norm(x), shift, scale)), rest
+
+    def after(self, x, y, rest, attend):
+        """The stream x and what it attended to, y, both (B, N, D) -> (B, N, D)."""
+        gate, shift_mlp, scale_mlp, gate_mlp, *dual = rest
+        out = x.addcmul(gate, self.attn.proj(y))
+        if self.attn2:                                                        # SD3.5-medium: image tokens once more, among themselves
+            shift2, scale2, gate2 = dual
+            y2 = attend(*self.attn2.heads(modulate(norm(x), shift2, scale2)))
+            out = out.addcmul(gate2, self.attn2.proj(y2))
+        return out.addcmul(gate_mlp, self.mlp(modulate(norm(out), shift_mlp, scale_mlp)))
+
+
+class JointBlock(nn.ModuleDict):
+    """Fig. 2b: streams by name, text first, image (`x_block`) last, each with weights of its own; they meet in the attention."""
+
+    def __init__(self, streams, attention):
+        super().__init__(streams)
+        self.attention = attention
+
+    def attend(self, q, k, v):
+        y = self.attention(*(x.transpose(1, 2) for x in (q, k, v)))           # (B, T, H, 64) -> (B, H, T, 64)
+        return y.transpose(1, 2).flatten(2)                                   # (B, T, D)
+
+    def forward(self, xs, c):
+        """One (B, N, D) a stream, (B, D) -> the same, without the streams that end here."""
+        qkv, rests = zip(*(stream.before(x, c) for stream, x in zip(self.values(), xs)))
+        y = self.attend(*(torch.cat(parts, dim=1) for parts in zip(*qkv)))    # (B, T, D)
+        ys = y.split([x.shape[1] for x in xs], dim=1)
+        return [stream.after(x, y, rest, self.attend) for stream, x, y, rest in zip(self.values(), xs, ys, rests) if rest]
+
+
+# ---------------------------------------------------------------- the model
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, in_channels, width):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).mT                                     # (B, C, h, w) -> (B, N, D)
+
+
+class VectorEmbed(nn.Module):
+    def __init__(self, dim, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, x):
+        return self.mlp(x)                                                    # (B, dim) -> (B, D)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width, out_dim):
+        super().__init__()
+        self.adaLN_modulation = modulation(width, 2)
+        self.linear = nn.Linear(width, out_dim)
+
+    def forward(self, x, c):
+        return self.linear(modulate(norm(x), *self.adaLN_modulation(c)[:, None].chunk(2, dim=2)))
+
+
+class MMDiT(nn.Module):
+    """The network of Fig. 2a. `depth` sets its size.
+
+    weight_sets: 2 is the paper's MM-DiT (text, image); 1 shares one set, which is a DiT on the concatenated sequence; 3 gives CLIP's tokens, the first `clip_length` of the context, and T5's
+    a set each (Sec. 5.2.3). base_size: tokens a side at the resolution S that positions are made for, S/16. attention: 'sdpa' is torch's, 'fused' ours."""
+
+    checkpointing = False           # recompute each block in the backward pass instead of keeping its activations
+
+    def __init__(self, depth, in_channels=16, out_channels=None, patch_size=2, context_dim=4096, pooled_dim=2048, pos_embed_max_size=192, qk_norm=True, weight_sets=2,
+                 dual_attention_blocks=(), base_size=64, attention='sdpa', clip_length=77):
+        super().__init__()
+        width = HEAD_DIM * depth
+        self.patch_size = patch_size
+        self.context_splits = [clip_length] if weight_sets == 3 else []
+        self.x_embedder = PatchEmbed(patch_size, in_channels, width)
+        self.t_embedder = VectorEmbed(256, width)
+        self.y_embedder = VectorEmbed(pooled_dim, width)
+        self.context_embedder = nn.Linear(context_dim, width)
+        self.register_buffer('pos_embed', embed_positions(pos_embed_max_size, base_size, width).flatten(0, 1)[None])
+        texts = {1: [], 2: ['context_block'], 3: ['context_block', 'context_block_t5']}[weight_sets]
+        self.joint_blocks = nn.ModuleList(
+            JointBlock({**{name: Stream(width, qk_norm, qkv_only=i == depth - 1) for name in texts},
+                        'x_block': Stream(width, qk_norm, dual=i in dual_attention_blocks)}, ATTENTIONS[attention])
+            for i in range(depth))
+        self.final_layer = FinalLayer(width, patch_size ** 2 * (out_channels or in_channels))
+        self.initialize()
+
+    def initialize(self):
+        """As DiT, with adaLN-Zero: every block starts as the identity and the output as zero."""
+        for name, p in self.named_parameters():
+            if name.endswith('bias') or 'adaLN_modulation' in name or name == 'final_layer.linear.weight':
+                nn.init.zeros_(p)
+            elif name.startswith(('t_embedder', 'y_embedder')):
+                nn.init.normal_(p, std=0.02)
+            elif p.ndim > 1:                                                  # RMSNorm's scales stay 1
+                nn.init.xavier_uniform_(p.flatten(1))                         # the patch embedding as the linear it is
+
+    def cropped_positions(self, h, w):
+        """The middle h x w of the stored grid: (1, h * w, D)."""
+        size = math.isqrt(self.pos_embed.shape[1])
+        if max(h, w) > size:
+            raise ValueError(f'latents are {h} x {w} patches, positions exist for {size} x {size}: build MMDiT with a larger pos_embed_max_size')
+        top, left = (size - h) // 2, (size - w) // 2
+        return self.pos_embed.unflatten(1, (size, size))[:, top:top + h, left:left + w].flatten(1, 2)
+
+    def forward(self, latents, t, context, pooled):
+        """(B, C, h, w), (B,) in [0, 1], (B, L, context_dim), (B, pooled_dim) -> (B, out_channels, h, w)"""
+        p = self.patch_size
+        h, w = latents.shape[2] // p, latents.shape[3] // p
+        if (h * p, w * p) != latents.shape[2:]:
+            raise ValueError(f'latents are {latents.shape[2]} x {latents.shape[3]}, both sides must be multiples of the patch size {p}')
+
+        c = self.t_embedder(embed_timestep(t).to(pooled.dtype)) + self.y_embedder(pooled)      # (B, D)
+        c = F.silu(c)                                                         # every modulation starts with it
+        x = self.x_embedder(latents) + self.cropped_positions(h, w)           # (B, N, D)
+        xs = [*self.context_embedder(context).tensor_split(self.context_splits, dim=1), x]     # one (B, ., D) a stream
+        if len(self.joint_blocks[0]) == 1:
+            xs = [torch.cat(xs, dim=1)]
+        for block in self.joint_blocks:
+            xs = checkpoint(block, xs, c, use_reentrant=False) if self.checkpointing and self.training else block(xs, c)
+        x = self.final_layer(xs[-1][:, -h * w:], c)                           # (B, N, p * p * C)
+        return x.unflatten(2, (p, p, -1)).unflatten(1, (h, w)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)       # (B, C, h, w)

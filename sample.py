@@ -1,0 +1,183 @@
+"""Text to pictures, from a bundle of trained weights.
+
+    python sample.py --prompt "a red circle above a blue square"
+    python sample.py --prompt "three green stars" --num 16 --out stars.png
+    python sample.py --prompts-file prompts.txt --weights runs/mine --steps 50 --cfg 3 --trajectory steps.gif
+
+`generate()` is what train.py, evaluate.py and the experiments use.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+
+from config import flag, one_line_errors, parse_config
+
+
+@dataclass
+class SampleConfig:
+    prompt: tuple = flag((), "what to draw", "text")
+    prompts_file: str = flag("", "a text file with a prompt a line", "text")
+    negative_prompt: str = flag("", "what to steer away from, instead of from no text at all", "text")
+    encoders: str = flag("clip_l,clip_g,t5", "text encoders to use; the others' embeddings are zeros", "text")
+    weights: str = flag("weights/mini", "a bundle folder", "weights")
+    mmdit: str = flag("", "an MM-DiT checkpoint of train.py to use in place of the bundle's", "weights")
+    steps: int = flag(0, "steps of the sampler; 0: the bundle's", "sampling")
+    cfg: float = flag(-1.0, "guidance scale, 1 is none; -1: the bundle's", "sampling")
+    shift: float = flag(0.0, "timestep shift alpha of Eq. 23; 0: the bundle's", "sampling")
+    sampler: str = flag("", "ODE solver; empty: the bundle's (euler, heun, ...)", "sampling")
+    seed: int = flag(0, "picture i of a prompt is drawn from noise of seed + i", "sampling")
+    width: int = flag(0, "width, a multiple of 16; 0: the bundle's", "picture", unit="pixels")
+    height: int = flag(0, "height, a multiple of 16; 0: the bundle's", "picture", unit="pixels")
+    num: int = flag(1, "pictures a prompt", "picture")
+    out: str = flag("out.png", "file to write; several pictures make a grid", "picture")
+    zoom: int = flag(1, "enlarge each pixel of the file to zoom x zoom", "picture")
+    trajectory: str = flag("", "also write a GIF of the data estimate at each step", "picture")
+    device: str = flag("cpu", "cpu, cuda, cuda:1, mps", "machine")
+    dtype: str = flag("fp32", "precision of the MM-DiT", "machine", choices=("fp32", "bf16", "fp16"))
+
+
+if __name__ == "__main__":
+    CONFIG = parse_config(SampleConfig, description=__doc__)  # before the heavy imports: --help answers at once
+
+import contextlib
+from pathlib import Path
+
+import torch
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
+import checkpoint
+from flow import formulation
+from samplers import SAMPLERS, guided, timesteps
+
+MAX_PROMPT, MAX_SIDE = 2000, 4096
+
+
+def check_prompts(prompts):
+    """The prompts, or a ValueError about the first that cannot be used."""
+    if not prompts:
+        raise ValueError("no prompt: give --prompt \"...\" or --prompts-file")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise ValueError(f"prompt {number} is empty")
+        if len(prompt) > MAX_PROMPT:
+            raise ValueError(f"prompt {number} has {len(prompt)} characters; at most {MAX_PROMPT} are taken")
+    return list(prompts)
+
+
+def check_size(width, height):
+    for name, side in (("width", width), ("height", height)):
+        if not 16 <= side <= MAX_SIDE or side % 16:
+            raise ValueError(f"{name} is {side} pixels; it must be a multiple of 16 between 16 and {MAX_SIDE}")
+
+
+@torch.inference_mode()
+def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, sampler="", seed=0, width=0, height=0,
+             encoders=("clip_l", "clip_g", "t5"), callback=None, dtype=torch.float32):
+    """One picture a prompt: uint8 (B, H, W, 3) on the CPU. What is 0, -1 or empty is as the bundle's config says.
+
+    Picture i starts from noise of seed + i, so it does not depend on the others. `callback(i, t, images)` is given the data
+    estimate, decoded, before each step; it costs a decoding each time."""
+    defaults = bundle.config
+    steps, shift, sampler = steps or defaults["steps"], shift or defaults["shift"], sampler or defaults["sampler"]
+    cfg = defaults["cfg"] if cfg < 0 else cfg
+    width, height = width or defaults["resolution"], height or defaults["resolution"]
+    check_size(width, height)
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    if not 1 <= steps <= 1000 or not 0 < shift <= 100:
+        raise ValueError(f"steps is {steps} and shift {shift}; steps must be in 1..1000, shift above 0 and at most 100")
+
+    form, device = formulation(defaults["formulation"]), next(bundle.mmdit.parameters()).device
+    context, pooled = (x.to(device) for x in bundle.text.encode(prompts, encoders))
+    if negative_prompt:
+        null_context, null_pooled = (x.to(device).expand_as(y) for x, y in zip(bundle.text.encode([negative_prompt], encoders), (context, pooled)))
+    else:
+        null_context, null_pooled = torch.zeros_like(context), torch.zeros_like(pooled)  # as in training (Sec. 5.1)
+
+    def field(context, pooled):
+        def velocity(z, t):
+            out = bundle.mmdit(form.input(z, t).to(dtype), t, context.to(dtype), pooled.to(dtype)).float()
+            return form.velocity(out, z, t)
+        return velocity
+
+    ts = timesteps(steps, shift, form.t_max, form.t_min).to(device)
+    shape = len(prompts), bundle.mmdit.x_embedder.proj.in_channels, height // 8, width // 8
+    z = torch.cat([torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(seed + i)) for i in range(shape[0])]).to(device)
+    velocity = guided(field(context, pooled), field(null_context, null_pooled), cfg)
+    preview = callback and (lambda i, t, z, v: callback(i, float(t), to_uint8(bundle.vae.decode(data_estimate(form, z, v, t)))))
+    z = SAMPLERS[sampler](velocity, form.b(ts[0]) * z, ts, callback=preview)
+    if not z.isfinite().all():
+        raise ValueError(f"the sampler left finite numbers (guidance {cfg}, shift {shift}): no picture is written")
+    return to_uint8(bundle.vae.decode(z))
+
+
+def data_estimate(form, z, v, t):
+    """x_0 out of z = a x_0 + b eps and v = a' x_0 + b' eps; z - t v for rf."""
+    a, b, da, db = form.a(t), form.b(t), form.da(t), form.db(t)
+    return (db * z - b * v) / (a * db - b * da)
+
+
+def to_uint8(images):
+    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) on the CPU."""
+    return (images.permute(0, 2, 3, 1) * 127.5 + 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+
+
+def grid(images, columns=0, gap=2):
+    """uint8 (B, H, W, 3) -> one PIL image, `columns` a row (0: about square)."""
+    b, h, w, _ = images.shape
+    columns = columns or min(b, -int(-b ** 0.5 // 1))
+    canvas = Image.new("RGB", (columns * (w + gap) - gap, -(-b // columns) * (h + gap) - gap), "white")
+    for i, image in enumerate(images):
+        canvas.paste(Image.fromarray(image.numpy()), (i % columns * (w + gap), i // columns * (h + gap)))
+    return canvas
+
+
+def save_png(image, path, texts):
+    """The PNG carries `texts`, a dict, as text chunks."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in texts.items():
+        info.add_itxt(key, str(value))
+    checkpoint.write(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+
+
+def read_prompts(cfg):
+    prompts = list(cfg.prompt)
+    if cfg.prompts_file:
+        prompts += [line.strip() for line in Path(cfg.prompts_file).read_text("utf-8").splitlines() if line.strip()]
+    return check_prompts(prompts)
+
+
+def main():
+    cfg = CONFIG
+    prompts, out = read_prompts(cfg), Path(cfg.out)
+    if not 1 <= cfg.num <= 1024:
+        raise ValueError(f"--num is {cfg.num}; it must be in 1..1024")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent} is no folder: nowhere to write {out.name}")
+    bundle = checkpoint.load_bundle(cfg.weights, cfg.device)
+    if cfg.mmdit:
+        state = checkpoint.load_checkpoint(cfg.mmdit, cfg.device)
+        checkpoint.load_strictly(bundle.mmdit, state.get("ema", state) if isinstance(state, dict) else state, cfg.mmdit)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
+    bundle.mmdit.to(dtype)
+    wanted = [p for p in prompts for _ in range(cfg.num)]
+    frames = []
+    steps = cfg.steps or bundle.config["steps"]
+    with tqdm(total=steps, desc="sampling", unit="step", disable=not sys.stderr.isatty()) if cfg.trajectory else contextlib.nullcontext() as bar:
+        def preview(i, t, images):
+            frames.append(grid(images))
+            bar.update()
+        images = generate(bundle, wanted, cfg.negative_prompt, cfg.steps, cfg.cfg, cfg.shift, cfg.sampler, cfg.seed, cfg.width, cfg.height,
+                          tuple(filter(None, cfg.encoders.split(","))), preview if cfg.trajectory else None, dtype)
+    picture = grid(images)
+    larger = (picture.width * cfg.zoom, picture.height * cfg.zoom)
+    save_png(picture.resize(larger, Image.Resampling.NEAREST), out, {"prompt": "\n".join(prompts), "software": "nanoSD3", **asdict(cfg)})
+    if cfg.trajectory:
+        frames.append(picture)
+        checkpoint.write(cfg.trajectory, lambda temporary: frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:], duration=100))
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    one_line_errors(main)

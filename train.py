@@ -1,0 +1,520 @@
+"""Training: one loop for every stage.
+
+    python train.py                                             # the miniature's MM-DiT on `shapes`, its encoders from weights/mini
+    python train.py --stage all --out runs/mine                 # a whole SD3 from nothing: autoencoder, CLIPs, T5, MM-DiT
+    python train.py --stage all --data folder:pictures --out runs/mine
+    python train.py --stage pretrain --out runs/mine --resume   # go on where it stopped
+
+A run folder is a bundle that sample.py --weights takes, with metrics.jsonl, loss.png, sample grids and, until the stage is done,
+a checkpoint to resume from. Step k's samples, noise and times depend on the seed and k alone.
+"""
+
+from dataclasses import asdict, dataclass, replace
+
+from config import flag, one_line_errors, parse_config
+
+STAGES = ("vae", "clip", "t5", "pretrain", "all")
+
+
+@dataclass
+class TrainConfig:
+    stage: str = flag("pretrain", "what to train; all: each in turn", "run", choices=STAGES)
+    data: str = flag("shapes", "shapes[:LEVEL], folder:DIR or fashion-mnist:DIR", "run")
+    out: str = flag("runs/miniature", "run folder", "run")
+    weights: str = flag("weights/mini", "bundle whose frozen parts are used where the run folder has none", "run")
+    init_from: str = flag("", "bundle whose MM-DiT pretraining starts from", "run")
+    resume: bool = flag(False, "go on from the run folder's checkpoint", "run")
+    seed: int = flag(0, "of weights, data, noise", "run")
+    steps: int = flag(0, "optimizer steps of the stage; 0: its default (with stage all: of pretrain)", "optimization")
+    batch_size: int = flag(0, "samples a step; 0: the stage's default", "optimization")
+    lr: float = flag(0.0, "learning rate of AdamW; 0: the stage's default", "optimization")
+    muon_lr: float = flag(0.0, "learning rate of Muon on the hidden matrices; 0: the stage's default, -1: AdamW for all", "optimization")
+    warmup: int = flag(100, "steps of linear warm-up", "optimization")
+    decay: float = flag(0.5, "last share of the steps, over which the learning rate falls linearly to zero", "optimization")
+    weight_decay: float = flag(0.0, "of AdamW", "optimization")
+    clip_grad: float = flag(1.0, "largest norm of the gradient", "optimization")
+    ema_decay: float = flag(0.998, "of the averaged weights, a step", "optimization")
+    depth: int = flag(4, "of the MM-DiT: width 64 depth, depth heads", "model")
+    qk_norm: bool = flag(True, "RMSNorm on Q and K", "model")
+    weight_sets: int = flag(2, "sets of weights a block: 2 is the paper's, 1 a DiT, 3 for CLIP, T5 and image", "model")
+    attention: str = flag("sdpa", "torch's or our fused attention", "model", choices=("sdpa", "fused"))
+    latent_channels: int = flag(16, "of the autoencoder", "model")
+    text_width: int = flag(256, "of T5; the CLIPs have 3/8 and 5/8 of it, as the released ones have less than half each", "model")
+    clip_length: int = flag(16, "tokens a prompt for the CLIPs", "model")
+    t5_length: int = flag(24, "tokens a prompt for T5", "model")
+    formulation: str = flag("rf/lognorm(0.00,1.00)", "path, prediction and density of t (flow.py)", "flow")
+    shift: float = flag(1.0, "timestep shift alpha (Eq. 23), in training and sampling", "flow")
+    text_dropout: float = flag(0.464, "probability with which each text encoder is left out (App. B.3)", "flow")
+    cfg: float = flag(4.0, "guidance scale of the sample grids, and the bundle's default", "flow")
+    resolution: int = flag(64, "side of the pictures", "data", unit="pixels")
+    synthetic_share: float = flag(0.5, "share of synthetic captions, where there are two (Sec. 5.2.2)", "data")
+    chunk: int = flag(16384, "samples that the frozen parts encode at once", "data")
+    reuse: int = flag(4, "times an encoded sample is seen before fresh ones are encoded", "data")
+    workers: int = flag(2, "processes that read or draw pictures", "data")
+    kl_weight: float = flag(1e-5, "of the autoencoder's KL term", "autoencoder")
+    eval_every: int = flag(1000, "steps between validations, grids and checkpoints", "log")
+    log_every: int = flag(50, "steps between lines of metrics.jsonl", "log")
+    device: str = flag("cpu", "cpu, cuda, mps", "machine")
+    threads: int = flag(0, "CPU threads; 0: torch's choice", "machine")
+
+
+# What a stage of the miniature takes unless a flag says otherwise; measured on 2 cores (README).
+DEFAULTS = {"vae": dict(steps=5000, batch_size=16, lr=1e-3, muon_lr=0.02),
+            "clip": dict(steps=1500, batch_size=128, lr=1e-3, muon_lr=-1.0),
+            "t5": dict(steps=1500, batch_size=64, lr=1e-3, muon_lr=-1.0),
+            "pretrain": dict(steps=12000, batch_size=64, lr=1e-3, muon_lr=-1.0)}
+
+if __name__ == "__main__":
+    CONFIG = parse_config(TrainConfig, description=__doc__)  # before the heavy imports: --help answers at once
+
+import copy
+import itertools
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import checkpoint
+import evaluate
+from data import Sample, open_data
+from flow import formulation, shift
+from mmdit import MMDiT
+from sample import generate, grid, save_png
+from text_encoders import (BPETokenizer, CLIPTextEncoder, T5Denoiser, T5Encoder, UnigramTokenizer, contrastive_loss,
+                           span_corruption)
+from vae import AutoencoderKL, psnr, vae_loss
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data: sample s of a run, for s = 0, 1, 2, ..., is a function of the seed and s
+
+def shuffled(start, n, seed):
+    """Positions start, start + 1, ... of an endless series of shuffled epochs over n items."""
+    if n >= 2 ** 31:  # endless data needs no shuffling
+        yield from itertools.count(start)
+    for epoch in itertools.count(start // n):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        yield from order[start % n if epoch == start // n else 0:]
+
+
+class Indexed:
+    """(position, item) -> (item's Sample, caption), for the worker processes: the caption drawn depends on seed and position."""
+
+    def __init__(self, dataset, share, seed):
+        self.dataset, self.share, self.seed = dataset, share, seed
+
+    def __getitem__(self, key):
+        position, item = key
+        sample = self.dataset[item]
+        return sample.caption(np.random.default_rng((self.seed, 7, position)), self.share), sample
+
+
+def batches(dataset, batch_size, cfg, start=0):
+    """Yields (images (B, 3, H, W) in [-1, 1], captions, samples) from sample `start` on, read ahead by worker processes."""
+    order = enumerate(shuffled(start, len(dataset), cfg.seed), start)
+    keys = (list(itertools.islice(order, batch_size)) for _ in itertools.count())
+    loader = DataLoader(Indexed(dataset, cfg.synthetic_share, cfg.seed), batch_sampler=keys, num_workers=cfg.workers, collate_fn=list,
+                        prefetch_factor=4 if cfg.workers else None)
+    for rows in loader:
+        rows = [row for row in rows if isinstance(row[1], Sample)]
+        if rows:
+            captions, samples = zip(*rows)
+            yield to_tensor(samples), list(captions), samples
+
+
+def pieces(items, size):
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def to_tensor(samples):
+    """Samples -> (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def first(dataset, n, cfg):
+    """The first n samples at most, as `batches` yields them: for validation."""
+    return next(batches(dataset, min(n, len(dataset)), replace(cfg, workers=0)))
+
+
+def open_split(cfg, split, frozen_parts=False):
+    """The run's data. The frozen parts of the miniature serve every level of `shapes`, so they are trained on all."""
+    spec = "shapes:all" if frozen_parts and cfg.data.startswith("shapes") else cfg.data
+    return open_data(spec, cfg.resolution, cfg.resolution, split, cfg.seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Optimization
+
+class MuonConv(torch.optim.Muon):
+    """torch's Muon, which takes matrices alone, on convolutions too: each kernel (out, in, 3, 3) as a matrix (out, in * 9)."""
+
+    def __init__(self, parameters, **options):
+        self.kernels = list(parameters)
+        super().__init__([torch.nn.Parameter(p.detach().flatten(1)) for p in self.kernels], **options)
+
+    def step(self, closure=None):
+        for matrix, kernel in zip(self.param_groups[0]["params"], self.kernels):
+            matrix.grad = kernel.grad.flatten(1)
+        super().step(closure)
+
+
+def make_optimizers(module, cfg):
+    """[AdamW] or, where the stage takes Muon, [Muon on hidden weights, AdamW on the rest]: embeddings, inputs, outputs, modulations, norms, biases."""
+    rest = ("embed", "shared", "adaLN", "final_layer", "conv_in", "conv_out", "lm_head", "projection", "logit_scale")
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    hidden = [p for name, p in parameters.items() if cfg.muon_lr > 0 and p.ndim >= 2 and not any(word in name for word in rest)]
+    others = [p for p in parameters.values() if not any(p is h for h in hidden)]
+    adamw = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-15, weight_decay=cfg.weight_decay, fused=True)  # eps: Sec. 5.3.2
+    return [MuonConv(hidden, lr=cfg.muon_lr, weight_decay=0.0), adamw] if hidden else [adamw]
+
+
+def lr_factor(step, cfg):
+    """Linear warm-up, constant, linear decay to zero over the last `decay` of the steps; in (0, 1]."""
+    left = (cfg.steps - step) / max(cfg.steps * cfg.decay, 1)
+    return min((step + 1) / max(cfg.warmup, 1), left, 1.0)
+
+
+class Run:
+    """The files of a stage in a run folder: metrics.jsonl, loss.png and the checkpoint."""
+
+    def __init__(self, cfg):
+        self.cfg, self.folder = cfg, Path(cfg.out)
+        self.checkpoint, self.metrics = self.folder / f"{cfg.stage}.ckpt", self.folder / "metrics.jsonl"
+
+    def start(self):
+        """The state to resume from, or None for a fresh stage."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.cfg.resume and (self.checkpoint.exists() or self.done()):
+            raise ValueError(f"{self.folder} holds a run of stage {self.cfg.stage}: --resume goes on with it, another --out starts afresh")
+        state = checkpoint.load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
+        done = state["step"] if state else 0
+        kept = [row for row in self.rows() if row["stage"] != self.cfg.stage or row["step"] <= done]
+        checkpoint.write(self.metrics, lambda temporary: Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in kept)))
+        checkpoint.write_json(self.folder / f"{self.cfg.stage}-config.json", asdict(self.cfg))
+        return state
+
+    def done(self):
+        return any(row["stage"] == self.cfg.stage and row.get("done") for row in self.rows())
+
+    def finish(self):
+        """The stage's part is written: the checkpoint has served."""
+        self.log(self.cfg.steps, done=True)
+        self.checkpoint.unlink(missing_ok=True)
+
+    def rows(self):
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()] if self.metrics.exists() else []
+
+    def log(self, step, **values):
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps({"stage": self.cfg.stage, "step": step, **values}) + "\n")
+
+    def plot(self):
+        """loss.png: the training loss and every validation figure over the steps of this stage."""
+        rows = [row for row in self.rows() if row["stage"] == self.cfg.stage]
+        names = sorted({k for row in rows for k, v in row.items() if isinstance(v, float) and k not in ("lr", "rate", "grad_norm")})
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        figure, axes = plt.subplots(1, max(len(names), 1), figsize=(4 * max(len(names), 1), 3), squeeze=False)
+        for axis, name in zip(axes[0], names):
+            axis.plot([row["step"] for row in rows if name in row], [row[name] for row in rows if name in row])
+            axis.set(title=name, xlabel="step")
+            axis.grid(alpha=0.3)
+        figure.tight_layout()
+        checkpoint.write(self.folder / f"{self.cfg.stage}-loss.png", lambda temporary: figure.savefig(temporary, format="png"))
+        plt.close(figure)
+
+
+def fit(cfg, module, data, loss_of, validate):
+    """Train `module` and return its averaged copy.
+
+    data(start) yields batches from sample `start` on; loss_of(module, batch, generator) -> (loss, {name: number or list});
+    validate(averaged module, step) -> {name: number}, called every eval_every steps and at the end."""
+    run = Run(cfg)
+    state = run.start()
+    module.to(cfg.device).train()
+    averaged = copy.deepcopy(module).eval().requires_grad_(False)
+    optimizers = make_optimizers(module, cfg)
+    base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    step = 0
+    if state:
+        step = state["step"]
+        module.load_state_dict(state["model"])
+        averaged.load_state_dict(state["ema"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+
+    def save():
+        checkpoint.save_checkpoint(run.checkpoint, {"step": step, "model": module.state_dict(), "ema": averaged.state_dict(),
+                                                    "optimizers": [o.state_dict() for o in optimizers], "config": asdict(cfg)})
+
+    def evaluated():
+        values = validate(averaged, step)
+        run.log(step, **values)
+        run.plot()
+        tqdm.write(f"{cfg.stage} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float)), file=sys.stderr)
+
+    recent, begun, seen = [], time.time(), 0
+    bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
+    try:
+        for batch in data(step * cfg.batch_size):
+            if step >= cfg.steps:
+                break
+            for optimizer, rate in zip(optimizers, base_rates):
+                optimizer.param_groups[0]["lr"] = rate * lr_factor(step, cfg)
+            generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+            loss, values = loss_of(module, batch, generator)
+            module.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(module.parameters(), cfg.clip_grad)
+            if not (loss.isfinite() and norm.isfinite()):
+                raise ValueError(f"the {cfg.stage} loss is {loss.item()} and its gradient {norm.item()} at step {step}; the last good checkpoint is "
+                                 f"{run.checkpoint} (a smaller --lr may help)")
+            for optimizer in optimizers:
+                optimizer.step()
+            step += 1
+            decay = min(cfg.ema_decay, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(averaged.parameters()), [p.detach() for p in module.parameters()], 1 - decay)
+            recent.append({"loss": loss.item(), "grad_norm": norm.item(), **values})
+            seen += cfg.batch_size
+            bar.update()
+            if step % cfg.log_every == 0:
+                run.log(step, **mean_of(recent), lr=optimizers[-1].param_groups[0]["lr"], rate=seen / (time.time() - begun))
+                bar.set_postfix(loss=f"{np.mean([r['loss'] for r in recent]):.4f}")
+                recent = []
+            if step % cfg.eval_every == 0 and step < cfg.steps:
+                evaluated()
+                save()
+    except KeyboardInterrupt:
+        save()
+        raise SystemExit(f"\nstopped at step {step}; the same command with --resume goes on") from None
+    bar.close()
+    evaluated()
+    return averaged
+
+
+def mean_of(rows):
+    """The mean of each number, or of each place of a list of which some are None, over the rows."""
+    def mean(values):
+        if isinstance(values[0], list):
+            return [mean(column) for column in zip(*values)]
+        there = [v for v in values if v is not None]
+        return round(float(np.mean(there)), 5) if there else None
+    return {key: mean([row[key] for row in rows]) for key in rows[0]}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stage vae: the autoencoder (Sec. 5.2.1)
+
+def train_vae(cfg):
+    dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
+    vae = AutoencoderKL(cfg.latent_channels, channels=32, multipliers=(1, 2, 4), blocks=1, scale=1.0, shift=0.0, unshuffle=2, attention=False,
+                        groups=8)
+    images = first(held_out, 256, cfg)[0].to(cfg.device)
+
+    def loss_of(vae, batch, generator):
+        loss, parts = vae_loss(vae, batch[0].to(cfg.device), kl_weight=cfg.kl_weight, generator=generator)
+        return loss, {name: part.item() for name, part in parts.items()}
+
+    @torch.no_grad()
+    def validate(vae, step):
+        recon = vae.decode(vae.to_latents(images, sample=False)).clamp(-1, 1)
+        pairs = torch.stack([images[:24], recon[:24]], 1).flatten(0, 1)
+        save_png(grid(((pairs + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu(), columns=8), Path(cfg.out) / "vae.png", {"step": step})
+        return {"psnr": psnr(recon, images).mean().item()}
+
+    vae = fit(cfg, vae, lambda start: batches(dataset, cfg.batch_size, cfg, start), loss_of, validate)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(batch)[0] for batch in first(dataset, 2048, cfg)[0].to(cfg.device).split(256)])
+    vae.set_normalisation(latents.mean((0, 2, 3)).cpu(), latents.std((0, 2, 3)).cpu())  # per channel
+    checkpoint.save_part(cfg.out, "vae", vae, vae.config)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stage clip: both text towers against one image tower (Radford et al. 2021)
+
+def train_clip(cfg):
+    dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
+    captions = [text for s in first(dataset, 20000, cfg)[2] for text in (s.original, s.synthetic) if text]
+    tokenizer = BPETokenizer.train(captions, length=cfg.clip_length)
+    tokenizer_g = BPETokenizer(tokenizer.vocab, tokenizer.merges, cfg.clip_length, pad=0)  # G pads with 0, L with the end token
+    width_l, width_g = cfg.text_width * 3 // 8, cfg.text_width * 5 // 8
+    common = dict(vocab_size=len(tokenizer.vocab), length=cfg.clip_length, layers=3, eos=tokenizer.end)
+    configs = {"clip_l": dict(common, width=width_l, heads=max(width_l // 32, 1), mlp=4 * width_l, activation="quick_gelu", projection=width_l),
+               "clip_g": dict(common, width=width_g, heads=max(width_g // 32, 1), mlp=4 * width_g, activation="gelu", projection=width_g),
+               "clip_image": dict(resolution=cfg.resolution, patch_size=8, width=192, layers=4, heads=6, projection=width_l + width_g)}
+    towers = torch.nn.ModuleDict({"clip_l": CLIPTextEncoder(**configs["clip_l"]), "clip_g": CLIPTextEncoder(**configs["clip_g"]),
+                                  "clip_image": evaluate.CLIPImageEncoder(**configs["clip_image"])})
+
+    def features(towers, images, texts):
+        """Image features for L and for G, text features of L and of G: two pairs of (B, width)."""
+        tokens_l, tokens_g = tokenizer(texts).to(cfg.device), tokenizer_g(texts).to(cfg.device)
+        image = towers["clip_image"](images.to(cfg.device)).split([width_l, width_g], 1)
+        return [(image[0], towers["clip_l"](tokens_l)[1]), (image[1], towers["clip_g"](tokens_g)[1])]
+
+    def loss_of(towers, batch, generator):
+        scale = towers["clip_image"].logit_scale.clamp(max=math.log(100))
+        losses = [contrastive_loss(i, t, scale) for i, t in features(towers, batch[0], batch[1])]
+        return sum(losses), {"loss_l": losses[0].item(), "loss_g": losses[1].item()}
+
+    images, _, samples = first(held_out, 1024, cfg)
+    dense = [s.synthetic or s.original for s in samples]
+
+    @torch.no_grad()
+    def validate(towers, step):
+        pairs = [features(towers, i, dense[k:k + 256]) for k, i in zip(range(0, 1024, 256), images.split(256))]
+        l, g = ([torch.cat([p[which][side] for p in pairs]).cpu() for side in (0, 1)] for which in (0, 1))
+        ways = min(64, len(images))
+        return {"retrieval_l": evaluate.retrieval(*l, ways), "retrieval_g": evaluate.retrieval(*g, ways)}
+
+    towers = fit(cfg, towers, lambda start: batches(dataset, cfg.batch_size, cfg, start), loss_of, validate)
+    checkpoint.write_folder(Path(cfg.out) / "clip_tokenizer", tokenizer.save)
+    for name, config in configs.items():
+        checkpoint.save_part(cfg.out, name, towers[name], config)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stage t5: masked spans, denoised (Raffel et al. 2020)
+
+def train_t5(cfg):
+    dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
+    texts = [text for s in first(dataset, 20000, cfg)[2] for text in (s.original, s.synthetic) if text]
+    tokenizer = UnigramTokenizer.train(texts, length=2 * cfg.t5_length)
+    config = dict(vocab_size=len(tokenizer.pieces), width=cfg.text_width, layers=3, heads=cfg.text_width // 32, head_dim=32,
+                  mlp=2 * cfg.text_width, buckets=32, max_distance=64)
+    model = T5Denoiser(T5Encoder(**config), layers=2)
+
+    def document(sample, flip):
+        """Both captions of a scene: what is hidden in one can be told from the other, if the encoder knows what belongs to what."""
+        pair = [sample.original, sample.synthetic] if sample.synthetic else [sample.original]
+        return " . ".join(pair[::-1] if flip else pair)
+
+    def loss_of(model, batch, generator):
+        tokens = tokenizer([document(s, i % 2) for i, s in enumerate(batch[2])])
+        corrupted, targets = span_corruption(tokens, tokenizer.sentinels, rate=0.25, mean_span=1.5, generator=generator)
+        return model.loss(corrupted.to(cfg.device), targets.to(cfg.device)), {}
+
+    validation = first(held_out, 256, cfg)
+
+    @torch.no_grad()
+    def validate(model, step):
+        return {"val_loss": loss_of(model, validation, torch.Generator().manual_seed(0))[0].item()}
+
+    model = fit(cfg, model, lambda start: batches(dataset, cfg.batch_size, cfg, start), loss_of, validate)
+    encoder = T5Encoder(**config)
+    encoder.load_state_dict({k: v for k, v in model.state_dict().items() if k in encoder.state_dict()})
+    checkpoint.write_folder(Path(cfg.out) / "t5_tokenizer", tokenizer.save)
+    checkpoint.save_part(cfg.out, "t5", encoder, config)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stage pretrain: the MM-DiT (Sec. 4, 5.3), on what the frozen parts make of the data (App. E.1)
+
+@torch.no_grad()
+def encoded(dataset, bundle, cfg, start, n):
+    """Samples start ... start + n - 1 as (latents, context, pooled), text in half precision. Captions that repeat are encoded once."""
+    latents, captions = [], []
+    for images, texts, _ in itertools.islice(batches(dataset, 256, cfg, start), -(-n // 256)):
+        latents.append(bundle.vae.to_latents(images.to(cfg.device), sample=False).cpu())
+        captions += texts
+    unique = {text: i for i, text in enumerate(dict.fromkeys(captions))}
+    rows = [tuple(x.half().cpu() for x in bundle.text.encode(part)) for part in pieces(list(unique), 256)]
+    context, pooled = (torch.cat(column) for column in zip(*rows))
+    return torch.cat(latents), context, pooled, torch.tensor([unique[text] for text in captions])
+
+
+def encoded_batches(dataset, bundle, cfg, start):
+    """Chunks of fresh samples, each encoded once and seen `reuse` times in new orders; yields (latents, context, pooled)."""
+    chunk = cfg.chunk - cfg.chunk % cfg.batch_size
+    for number in itertools.count(start // (chunk * cfg.reuse)):
+        latents, context, pooled, text = encoded(dataset, bundle, cfg, number * chunk, chunk)
+        for again in range(cfg.reuse):
+            order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + number * cfg.reuse + again))
+            for k, rows in enumerate(order[:chunk].split(cfg.batch_size)):
+                if (number * cfg.reuse + again) * chunk + k * cfg.batch_size >= start:
+                    yield latents[rows], context[text[rows]].float(), pooled[text[rows]].float()
+
+
+def fixed_prompts(cfg, held_out):
+    """16 prompts for the sample grids."""
+    if cfg.data.startswith("shapes"):
+        return [evaluate.tasks(category, 3)[k].prompt for k in range(3) for category in (*evaluate.CATEGORIES, "typography")][:16]
+    return list(dict.fromkeys(first(held_out, 256, cfg)[1]))[:16]
+
+
+def train_mmdit(cfg):
+    missing = [part for part in FROZEN if not list(Path(cfg.out).glob(part + "*"))]
+    if missing:
+        checkpoint.copy_parts(cfg.weights, cfg.out, missing)
+    dataset, held_out = open_split(cfg, "train"), open_split(cfg, "val")
+    config = {"clip_length": cfg.clip_length, "t5_length": cfg.t5_length, "resolution": cfg.resolution, "formulation": cfg.formulation,
+              "shift": cfg.shift, "steps": 28, "cfg": cfg.cfg, "sampler": "euler", "unconditional": "zeros", "data": cfg.data}
+    checkpoint.write_json(Path(cfg.out) / "config.json", config)
+    bundle = checkpoint.load_bundle(cfg.out, cfg.device)
+    sizes, form = bundle.text.sizes, formulation(cfg.formulation)
+    patches = cfg.resolution // 16
+    model_config = dict(depth=cfg.depth, in_channels=bundle.vae.config["latent_channels"], context_dim=sizes.t5, pooled_dim=sizes.clip_l + sizes.clip_g,
+                        pos_embed_max_size=4 * patches, base_size=patches, qk_norm=cfg.qk_norm, weight_sets=cfg.weight_sets,
+                        clip_length=cfg.clip_length)
+    torch.manual_seed(cfg.seed)
+    model = MMDiT(**model_config, attention=cfg.attention)
+    if cfg.init_from:
+        checkpoint.load_strictly(model, checkpoint.load_checkpoint(Path(cfg.init_from) / "mmdit.pt"), cfg.init_from)
+
+    def loss_of(model, batch, generator):
+        latents, context, pooled = (x.to(cfg.device) for x in batch)
+        context, pooled = bundle.text.drop(context, pooled, cfg.text_dropout, generator)
+        t = shift(form.sample_t(len(latents), generator, cfg.device), cfg.shift)
+        losses = form.loss(lambda z, s: model(form.input(z, s), s, context, pooled), latents, t=t, generator=generator)
+        return losses.mean(), {"loss_bins": by_level(losses.detach(), t)}
+
+    validation = encoded(held_out, bundle, replace(cfg, workers=0), 0, min(512, len(held_out)))
+    prompts = fixed_prompts(cfg, held_out)
+
+    def validate(model, step):
+        latents, context, pooled, text = validation
+        levels = evaluate.validation_loss(lambda z, t, *c: model(form.input(z, t), t, *c), form, latents.to(cfg.device),
+                                          context[text].float().to(cfg.device), pooled[text].float().to(cfg.device))
+        bundle.mmdit = model
+        save_png(grid(generate(bundle, prompts)), Path(cfg.out) / f"grid-{step:07}.png", {"step": step, "prompts": "\n".join(prompts)})
+        checkpoint.save_part(cfg.out, "mmdit", model, model_config)
+        scores = evaluate.geneval(bundle, 10)[0] if cfg.data.startswith("shapes") else {}
+        return {"val_loss": float(np.mean(levels[:-1])), "val_levels": levels, **scores}
+
+    fit(cfg, model, lambda start: encoded_batches(dataset, bundle, cfg, start), loss_of, validate)
+
+
+def by_level(losses, t, bins=8):
+    """Mean loss in each of `bins` equal intervals of t; None where the batch has no t."""
+    index = (t * bins).long().clamp(max=bins - 1)
+    return [losses[index == k].mean().item() if (index == k).any() else None for k in range(bins)]
+
+
+FROZEN = ("vae", "clip_l", "clip_g", "clip_image", "t5", "clip_tokenizer", "t5_tokenizer")
+TRAIN = {"vae": train_vae, "clip": train_clip, "t5": train_t5, "pretrain": train_mmdit}
+
+
+def main():
+    cfg = CONFIG
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    for stage in TRAIN if cfg.stage == "all" else [cfg.stage]:
+        own = {k: v for k, v in DEFAULTS[stage].items() if not getattr(cfg, k) or (cfg.stage == "all" and stage != "pretrain")}
+        stage_cfg = replace(cfg, stage=stage, **own)
+        run = Run(stage_cfg)
+        if cfg.resume and run.done():
+            print(f"{cfg.out}: stage {stage} is done")
+            continue
+        torch.manual_seed(cfg.seed)
+        TRAIN[stage](stage_cfg)
+        run.finish()
+
+
+if __name__ == "__main__":
+    one_line_errors(main)
