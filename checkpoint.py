@@ -22,6 +22,7 @@ from text_encoders import BPETokenizer, CLIPTextEncoder, T5Encoder, TextEncoders
 from vae import AutoencoderKL
 
 CLASSES = {"vae": AutoencoderKL, "clip_l": CLIPTextEncoder, "clip_g": CLIPTextEncoder, "t5": T5Encoder, "mmdit": MMDiT}
+KEYS = "clip_length", "t5_length", "resolution", "formulation", "shift", "steps", "cfg", "sampler"     # that config.json has
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -94,6 +95,7 @@ def save_part(folder, name, module, config, dtype=torch.float16):
     write_json(Path(folder) / f"{name}.json", config)
 
 
+@torch.inference_mode(False)  # parts are loaded when first used, perhaps by `generate`, and may be trained later
 def load_part(folder, name, device="cpu", cls=None):
     """The module in float32, in eval mode and frozen; of class `cls` where CLASSES has no such part (evaluate.py's clip_image)."""
     cls = cls or CLASSES[name]
@@ -128,6 +130,9 @@ class Bundle:
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is no bundle folder")
         self.config = read_json(self.folder / "config.json")
+        known = self.config.keys() if isinstance(self.config, dict) else ()
+        if lacking := [key for key in KEYS if key not in known]:
+            raise ValueError(f"{folder}/config.json is no bundle's: it lacks {', '.join(lacking)}")
 
     mmdit = cached_property(lambda self: load_part(self.folder, "mmdit", self.device))
     vae = cached_property(lambda self: load_part(self.folder, "vae", self.device))
@@ -158,7 +163,7 @@ def copy_parts(source, target, names=(*CLASSES, "clip_image", "clip_tokenizer", 
     if not Path(source).is_dir():
         raise ValueError(f"{source} is no bundle folder")
     for file in sorted(Path(source).iterdir()):
-        if file.stem in names and file.resolve().parent != Path(target).resolve():
+        if file.stem in names and file.suffix in ("", ".json", ".pt") and file.resolve().parent != Path(target).resolve():
             if file.is_dir():
                 write_folder(Path(target) / file.name, lambda temporary: shutil.copytree(file, temporary, dirs_exist_ok=True))
             else:

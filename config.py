@@ -77,8 +77,11 @@ def one_line_errors(main):
     """Run `main`; bad input (ValueError, OSError, an absent package) ends in one line on stderr and exit status 2."""
     try:
         main()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
         if os.environ.get("NANOSD3_TRACEBACK"):  # for developers
             raise
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
+        sys.exit(130)

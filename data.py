@@ -7,11 +7,13 @@ Every data set here is indexed: `dataset[i]` -> Sample, a function of the seed a
 
 import gzip
 import json
+import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # ---------------------------------------------------------------------------------------------------------------
 # The world `shapes`: scenes. Lengths are in cells; a cell is a quarter of the picture's shorter side.
@@ -22,7 +24,7 @@ BACKGROUNDS = {"white": (250, 250, 250), "gray": (150, 150, 150), "black": (25, 
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LEVELS = ("lattice", "sizes", "jitter", "free")
-RADII = {"small": 0.31, "medium": 0.42, "large": 0.46}
+RADII = {"small": 0.36, "medium": 0.45, "large": 0.48}
 NUMBERS = ("zero", "a", "two", "three", "four")
 
 # Never drawn in training, so that generalisation can be measured. Each shape and each color lacks one partner.
@@ -69,14 +71,6 @@ def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False):
             if (pair in HELD_OUT_PAIRS) == held_out:
                 return pair
 
-    def word():
-        if held_out:
-            return HELD_OUT_WORDS[rng.integers(len(HELD_OUT_WORDS))]
-        while True:
-            letters = "".join(LETTERS[k] for k in rng.integers(26, size=rng.integers(1, 5)))
-            if letters not in HELD_OUT_WORDS:
-                return letters
-
     kind = rng.choice(["single", "group", "pair", "several", "sign"], p=[0.22, 0.22, 0.34, 0.12, 0.10])
     pairs = {"single": lambda: [attributes()],
              "group": lambda: [attributes()] * rng.integers(2, 5),
@@ -88,8 +82,18 @@ def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False):
     if kind == "group" and rng.random() < 0.5:  # half of the groups are of one size
         wanted = [Thing(t.color, 0, 0, t.shape, wanted[0].size) for t in wanted]
     if kind == "sign":
-        wanted = [Thing(attributes()[1], 0, 0, word=word())] + wanted
+        wanted = [Thing(attributes()[1], 0, 0, word=random_word(rng, held_out))] + wanted
     return Scene(list(BACKGROUNDS)[rng.integers(4)], place(rng, wanted, level, columns, rows), columns, rows)
+
+
+def random_word(rng, held_out=False):
+    """1 to 4 random letters, or one of the held-out words."""
+    if held_out:
+        return HELD_OUT_WORDS[rng.integers(len(HELD_OUT_WORDS))]
+    while True:
+        word = "".join(LETTERS[k] for k in rng.integers(26, size=rng.integers(1, 5)))
+        if word not in HELD_OUT_WORDS:
+            return word
 
 
 def distinct(draw, n):
@@ -118,8 +122,9 @@ def place(rng, things, level, columns, rows):
 
 def one_place(rng, thing, level, columns, rows):
     (hw, hh), width = thing.half, max(len(thing.word), 1)
+    hw, hh = hw + 0.04, hh + 0.04  # a star's points reach beyond its radius
     if level == "free":
-        x, y = rng.uniform(hw + 0.04, columns - hw - 0.04), rng.uniform(hh + 0.04, rows - hh - 0.04)
+        x, y = rng.uniform(hw, columns - hw), rng.uniform(hh, rows - hh)
     else:
         x, y = rng.integers(columns - width + 1) + width / 2, rng.integers(rows) + 0.5
     if level == "jitter":
@@ -127,7 +132,7 @@ def one_place(rng, thing, level, columns, rows):
     return Thing(thing.color, float(x), float(y), thing.shape, thing.size, thing.word)
 
 
-def touching(a, b, gap=0.15):
+def touching(a, b, gap=0.09):
     return abs(a.x - b.x) < a.half[0] + b.half[0] + gap and abs(a.y - b.y) < a.half[1] + b.half[1] + gap
 
 
@@ -145,7 +150,7 @@ def relation(a, b):
 # Drawing
 
 _angles = np.linspace(0, 2 * np.pi, 41)[:-1]
-_star = np.where(np.arange(10) % 2, 0.45, 1.08)
+_star = np.where(np.arange(10) % 2, 0.5, 1.12)
 OUTLINES = {  # unit radius, y down
     "square": [(-.86, -.86), (.86, -.86), (.86, .86), (-.86, .86)],
     "triangle": [(0, -1), (1, .85), (-1, .85)],
@@ -284,7 +289,8 @@ class Shapes:
 
 
 def fit(image, width, height):
-    """A PIL image on white, scaled and centre-cropped to (height, width, 3) uint8."""
+    """A PIL image, upright and on white, scaled and centre-cropped to (height, width, 3) uint8."""
+    image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("RGB")
@@ -313,12 +319,12 @@ class Folder:
 
     def pairs(self, root):
         if (root / "metadata.jsonl").exists():
-            for number, line in enumerate((root / "metadata.jsonl").read_text("utf-8").splitlines(), 1):
+            for number, line in enumerate((root / "metadata.jsonl").read_bytes().splitlines(), 1):
                 try:
                     row = json.loads(line)
-                    yield root / row["file_name"], row["text"]
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"{root}/metadata.jsonl line {number} is no JSON object with file_name and text") from None
+                    yield root / row["file_name"], row["text"].strip()
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise ValueError(f"{root}/metadata.jsonl line {number} is no JSON object with file_name and text, both strings") from None
         else:
             for path in root.rglob("*"):
                 if path.suffix.lower() in self.SUFFIXES and path.with_suffix(".txt").exists():
@@ -351,18 +357,24 @@ class FashionMNIST:
         self.labels = self.idx(f"{stem}-labels-idx1-ubyte", 1)
         if len(self.images) != len(self.labels):
             raise ValueError(f"{folder}: {len(self.images)} images but {len(self.labels)} labels")
+        if self.labels.max(initial=0) >= len(self.NAMES):
+            raise ValueError(f"{folder}: label {self.labels.max()}, but there are {len(self.NAMES)} classes")
 
     @staticmethod
     def idx(path, dimensions):
         """An array from an idx file, plain or gzipped: 2 zero bytes, type 8 (uint8), dimensions, sizes, data."""
         for candidate, opener in ((Path(path), open), (Path(path + ".gz"), gzip.open)):
             if candidate.exists():
-                with opener(candidate, "rb") as file:
-                    raw = file.read()
-                shape = np.frombuffer(raw, ">i4", dimensions, 4) if raw[:4] == bytes((0, 0, 8, dimensions)) else ()
-                if len(shape) == 0 or len(raw) != 4 + 4 * dimensions + np.prod(shape):
+                try:
+                    with opener(candidate, "rb") as file:
+                        raw = file.read()
+                except (EOFError, zlib.error, gzip.BadGzipFile):
+                    raw = b""
+                head = 4 + 4 * dimensions
+                shape = np.frombuffer(raw[4:head], ">i4").tolist() if raw[:4] == bytes((0, 0, 8, dimensions)) and len(raw) >= head else []
+                if not shape or len(raw) != head + math.prod(shape):
                     raise ValueError(f"{candidate} is no idx file of {dimensions} dimensions, or truncated")
-                return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+                return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
         raise ValueError(f"{path}[.gz] is not there")
 
     def __len__(self):

@@ -7,7 +7,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from torch import nn
 import checkpoint
 import data
 from config import flag, one_line_errors, parse_config
-from sample import generate, grid
+from sample import generate, grid, save_png, to_uint8
 from text_encoders import CLIPLayer
+from vae import psnr
 
 # ---------------------------------------------------------------------------------------------------------------
 # CLIP's image tower (Radford et al. 2021), with the names of the released checkpoints
@@ -179,7 +180,7 @@ def template(name, x, y, radius, width, height, s=data.SUPERSAMPLING):
     return np.asarray(canvas.reduce(s) if s > 1 else canvas) / 255
 
 
-def shape(pixels, mask, ground, distance, cell, least=0.7):
+def shape(pixels, mask, ground, distance, cell, least=0.75):
     """The Thing in a component: color of its core, and the shape whose template of equal area and centre overlaps most.
     Overlap = sum of minima / sum of maxima of the two masks; below `least` the shape is '?'."""
     core = mask & (distance >= 0.8 * np.quantile(distance[mask], 0.9))
@@ -286,11 +287,10 @@ def task(category, rng, unseen):
         return (a, b) if a.shape != b.shape else two(color)
 
     if category == "typography":
-        words = [w for w in data.HELD_OUT_WORDS] if unseen else ["".join(data.LETTERS[k] for k in rng.integers(26, size=rng.integers(1, 5)))]
-        word = words[rng.integers(len(words))]
+        word = data.random_word(rng, held_out=unseen)
         return Task(category, f"a sign that says {word}", (data.Thing("", 0, 0, word=word),))
     if category in ("single object", "colors"):
-        things = (pick(category == "colors"),)
+        things = (pick(category == "colors" or unseen),)
         return Task(category, data.named(things[0], bool(things[0].color)), things)
     if category == "counting":
         count, thing = int(rng.integers(2, 5)), pick()
@@ -355,3 +355,86 @@ def typography(bundle, n, seed=0, unseen=False, **settings):
         right += sum(a == b for a, b in zip(word, read))
         total += len(word)
     return {"letters": right / total, "words": float(np.mean([exact for *_, (exact, _) in results]))}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The frozen parts, on held-out scenes
+
+
+def held_out(level, n, resolution):
+    """(scenes, images (N, 3, H, W) in [-1, 1], synthetic captions) of the validation split of shapes."""
+    world = data.Shapes(level, resolution, resolution, split="val")
+    scenes = [world.scene(i)[0] for i in range(n)]
+    images = np.stack([data.render(scene, resolution, resolution) for scene in scenes])
+    return scenes, torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, [data.synthetic_caption(scene) for scene in scenes]
+
+
+@torch.inference_mode()
+def autoencoder(bundle, level, n=256):
+    """{'psnr': mean dB, 'detector': share of reconstructions that the detector reads just as the scene}."""
+    scenes, images, _ = held_out(level, n, bundle.config["resolution"])
+    recon = torch.cat([bundle.vae.decode(bundle.vae.to_latents(batch, sample=False)).clamp(-1, 1) for batch in images.split(64)])
+    right = [shows(scene, *detect(image.numpy())) for scene, image in zip(scenes, to_uint8(recon))]
+    return {"psnr": psnr(recon, images).mean().item(), "detector": float(np.mean(right))}
+
+
+@torch.inference_mode()
+def clip_features(bundle, images, captions):
+    """Of both towers side by side: image features and text features (N, widths of L and G), each half normalised."""
+    tower = checkpoint.load_part(bundle.folder, "clip_image", cls=CLIPImageEncoder)
+    _, pooled = bundle.text.encode(captions, ("clip_l", "clip_g"))
+    halves = [bundle.text.sizes.clip_l, bundle.text.sizes.clip_g]
+    image = torch.cat([tower(batch) for batch in images.split(256)])
+    return tuple(torch.cat([F.normalize(half, dim=1) for half in x.split(halves, 1)], 1) for x in (image, pooled))
+
+
+def clip_and_fid(bundle, level, n=512, seed=0):
+    """{'retrieval': 64-way on true pictures, 'clip_score': of samples, 'fid': of samples against true pictures, both of held-out captions}."""
+    _, images, captions = held_out(level, n, bundle.config["resolution"])
+    real, text = clip_features(bundle, images, captions)
+    samples = torch.cat([generate(bundle, captions[i:i + 128], seed=seed + i) for i in range(0, n, 128)])
+    fake, _ = clip_features(bundle, samples.permute(0, 3, 1, 2).float() / 127.5 - 1, captions)
+    return {"retrieval": retrieval(real, text), "clip_score": clip_score(fake, text), "clip_score_real": clip_score(real, text),
+            "fid": frechet_distance(real, fake)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class EvaluateConfig:
+    weights: str = flag("weights/mini", "a bundle folder", "what")
+    level: str = flag("lattice", "level of shapes for the frozen parts, CLIP score and FID", "what", choices=data.LEVELS)
+    prompts: int = flag(100, "prompts a category", "what")
+    seed: int = flag(0, "of prompts and noise", "what")
+    quick: bool = flag(False, "the six categories only", "what")
+    out: str = flag("", "folder for the scores (JSON) and a grid of each category (PNG)", "what")
+    steps: int = flag(0, "steps of the sampler; 0: the bundle's", "sampling")
+    cfg: float = flag(-1.0, "guidance scale; -1: the bundle's", "sampling")
+    shift: float = flag(0.0, "timestep shift; 0: the bundle's", "sampling")
+    sampler: str = flag("", "ODE solver; empty: the bundle's", "sampling")
+
+
+def main():
+    cfg = parse_config(EvaluateConfig, description=__doc__)
+    bundle = checkpoint.load_bundle(cfg.weights)
+    sampling = {name: getattr(cfg, name) for name in ("steps", "cfg", "shift", "sampler")}
+    scores = {}
+    for name, unseen in (("seen pairs", False), ("unseen pairs", True)):
+        scores[name], results = geneval(bundle, cfg.prompts, cfg.seed, unseen, **sampling)
+        print(name, json.dumps(scores[name], indent=1))
+        if cfg.out:
+            for category in CATEGORIES:
+                shown = [image for t, image, _ in results if t.category == category][:32]
+                save_png(grid(torch.stack(shown), columns=8), Path(cfg.out) / f"{name}-{category}.png".replace(" ", "-"), {"category": category})
+    if not cfg.quick:
+        scores["typography"] = {name: typography(bundle, cfg.prompts, cfg.seed, unseen, **sampling) for name, unseen in
+                                (("random letters", False), ("unseen words", True))}
+        scores["autoencoder"] = autoencoder(bundle, cfg.level)
+        scores["clip"] = clip_and_fid(bundle, cfg.level, seed=cfg.seed)
+        print(json.dumps({name: scores[name] for name in ("typography", "autoencoder", "clip")}, indent=1))
+    if cfg.out:
+        checkpoint.write_json(Path(cfg.out) / "scores.json", scores)
+
+
+if __name__ == "__main__":
+    one_line_errors(main)

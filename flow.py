@@ -82,12 +82,13 @@ class Cosine(Path):
 class Linear(Path):
     """(LDM-)Linear: a_t^2 = prod (1 - beta_s) over the first 1000 t steps, sqrt(beta_s) linear in s.
 
-    Between the steps: -log a_t^2 is the sum's integral, by three Gauss-Legendre nodes (beta and beta^2 exactly), so that the
-    path is smooth and meets LDM's table at t = (s + 1) / 1000 to 1e-6.
+    Between the steps: -log a_t^2 is the sum's integral, by four Gauss-Legendre nodes (exact up to beta^3), so that the path
+    is smooth and meets LDM's table at t = (s + 1) / 1000 to 1e-6.
     """
     t_min = 1e-5             # b ~ sqrt(t) has an infinite slope at 0; here b = 0.003
     steps, beta_first, beta_last = 1000, 0.00085, 0.012
-    nodes = (0.5 - math.sqrt(0.15), 5 / 18), (0.5, 8 / 18), (0.5 + math.sqrt(0.15), 5 / 18)
+    nodes = [(0.5 + side * math.sqrt(3 / 7 + far * 2 / 7 * math.sqrt(6 / 5)) / 2, (18 - far * math.sqrt(30)) / 72)
+             for side in (-1, 1) for far in (-1, 1)]
 
     def rate(self, t):
         """-d log(a_t^2) / dt; step s spans [s, s + 1] / 1000 and has its beta in the middle."""

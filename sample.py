@@ -7,6 +7,7 @@
 `generate()` is what train.py, evaluate.py and the experiments use.
 """
 
+import os
 import sys
 from dataclasses import asdict, dataclass
 
@@ -25,9 +26,9 @@ class SampleConfig:
     cfg: float = flag(-1.0, "guidance scale, 1 is none; -1: the bundle's", "sampling")
     shift: float = flag(0.0, "timestep shift alpha of Eq. 23; 0: the bundle's", "sampling")
     sampler: str = flag("", "ODE solver; empty: the bundle's (euler, heun, ...)", "sampling")
-    seed: int = flag(0, "picture i of a prompt is drawn from noise of seed + i", "sampling")
-    width: int = flag(0, "width, a multiple of 16; 0: the bundle's", "picture", unit="pixels")
-    height: int = flag(0, "height, a multiple of 16; 0: the bundle's", "picture", unit="pixels")
+    seed: int = flag(0, "picture i is drawn from noise of seed + i", "sampling")
+    width: int = flag(None, "width, a multiple of 16; the bundle's unless given", "picture", unit="pixels")
+    height: int = flag(None, "height, a multiple of 16; the bundle's unless given", "picture", unit="pixels")
     num: int = flag(1, "pictures a prompt", "picture")
     out: str = flag("out.png", "file to write; several pictures make a grid", "picture")
     zoom: int = flag(1, "enlarge each pixel of the file to zoom x zoom", "picture")
@@ -40,6 +41,7 @@ if __name__ == "__main__":
     CONFIG = parse_config(SampleConfig, description=__doc__)  # before the heavy imports: --help answers at once
 
 import contextlib
+import inspect
 from pathlib import Path
 
 import torch
@@ -71,20 +73,29 @@ def check_size(width, height):
             raise ValueError(f"{name} is {side} pixels; it must be a multiple of 16 between 16 and {MAX_SIDE}")
 
 
+def check_device(name):
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
 @torch.inference_mode()
-def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, sampler="", seed=0, width=0, height=0,
+def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, sampler="", seed=0, width=None, height=None,
              encoders=("clip_l", "clip_g", "t5"), callback=None, dtype=torch.float32):
-    """One picture a prompt: uint8 (B, H, W, 3) on the CPU. What is 0, -1 or empty is as the bundle's config says.
+    """One picture a prompt: uint8 (B, H, W, 3) on the CPU. What is None, 0, -1 or empty is as the bundle's config says; a side of 0 is refused.
 
     Picture i starts from noise of seed + i, so it does not depend on the others. `callback(i, t, images)` is given the data
     estimate, decoded, before each step; it costs a decoding each time."""
     defaults = bundle.config
     steps, shift, sampler = steps or defaults["steps"], shift or defaults["shift"], sampler or defaults["sampler"]
     cfg = defaults["cfg"] if cfg < 0 else cfg
-    width, height = width or defaults["resolution"], height or defaults["resolution"]
+    width, height = (defaults["resolution"] if side is None else side for side in (width, height))
     check_size(width, height)
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    if abs(seed) > 2 ** 62:
+        raise ValueError(f"seed is {seed}; at most 2^62 is taken")
     if not 1 <= steps <= 1000 or not 0 < shift <= 100:
         raise ValueError(f"steps is {steps} and shift {shift}; steps must be in 1..1000, shift above 0 and at most 100")
 
@@ -106,7 +117,9 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
     z = torch.cat([torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(seed + i)) for i in range(shape[0])]).to(device)
     velocity = guided(field(context, pooled), field(null_context, null_pooled), cfg)
     preview = callback and (lambda i, t, z, v: callback(i, float(t), to_uint8(bundle.vae.decode(data_estimate(form, z, v, t)))))
-    z = SAMPLERS[sampler](velocity, form.b(ts[0]) * z, ts, callback=preview)
+    options = {"path": form, "generator": torch.Generator().manual_seed(seed)}  # for the samplers that take them
+    options = {k: v for k, v in options.items() if k in inspect.signature(SAMPLERS[sampler]).parameters}
+    z = SAMPLERS[sampler](velocity, form.b(ts[0]) * z, ts, callback=preview, **options)
     if not z.isfinite().all():
         raise ValueError(f"the sampler left finite numbers (guidance {cfg}, shift {shift}): no picture is written")
     return to_uint8(bundle.vae.decode(z))
@@ -153,8 +166,13 @@ def main():
     prompts, out = read_prompts(cfg), Path(cfg.out)
     if not 1 <= cfg.num <= 1024:
         raise ValueError(f"--num is {cfg.num}; it must be in 1..1024")
-    if not out.parent.is_dir():
-        raise ValueError(f"{out.parent} is no folder: nowhere to write {out.name}")
+    if not 1 <= cfg.zoom <= 64:
+        raise ValueError(f"--zoom is {cfg.zoom}; it must be in 1..64")
+    for path in filter(None, (cfg.out, cfg.trajectory)):  # before the work, not after
+        parent = Path(path).parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK) or Path(path).is_dir():
+            raise ValueError(f"{path} cannot be written: " + ("it is a folder" if Path(path).is_dir() else f"{parent} is no folder or not writable"))
+    check_device(cfg.device)
     bundle = checkpoint.load_bundle(cfg.weights, cfg.device)
     if cfg.mmdit:
         state = checkpoint.load_checkpoint(cfg.mmdit, cfg.device)

@@ -71,8 +71,9 @@ def timesteps_adapted(steps, velocity, z, ts, order=1):
     travelled = torch.cat([torch.zeros(1), (bend * -ts.diff()).cumsum(0)])
     goal = torch.linspace(0, 1, steps + 1) * travelled[-1]
     i = torch.searchsorted(travelled, goal).clamp(1, len(ts) - 1)
-    share = (goal - travelled[i - 1]) / (travelled[i] - travelled[i - 1])
-    return torch.lerp(ts[i - 1], ts[i], share.float())
+    grid = torch.lerp(ts[i - 1], ts[i], (goal - travelled[i - 1]) / (travelled[i] - travelled[i - 1]))
+    grid[0], grid[-1] = ts[0], ts[-1]
+    return grid
 
 
 # ---- guidance -----------------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def guided(velocity, null_velocity, scale, interval=(0, 1), rescale=0.0, joint=N
         return velocity
 
     def field(z, t):
-        if not interval[0] <= float(t.flatten()[0]) <= interval[1]:
+        if not (interval[0] <= t[0] and t[0] <= interval[1]):       # torch compares in t's own precision
             return velocity(z, t)
         if joint:
             v, v_0 = joint(torch.cat([z, z]), torch.cat([t, t])).chunk(2)
@@ -182,8 +183,7 @@ def sample_rk4(velocity, z, ts, callback=None):
 
 def adams_bashforth(z, t, s, v, last):
     """z at s: the line through the velocity at t and the last one, (t, v), integrated. Euler when there is no last one."""
-    slope = (v - last[1]) / (t - last[0]) if last else 0
-    return z + (s - t) * v + (s - t) ** 2 / 2 * slope
+    return z + (s - t) * (v + (s - t) / (2 * (t - last[0])) * (v - last[1]) if last else v)
 
 
 def sample_ab2(velocity, z, ts, callback=None):
@@ -220,6 +220,9 @@ def sample_bs23(velocity, z, ts, callback=None, tolerance=1e-3):
     i, k1 = 0, v(z, t, 0)
     while t != end:
         s = t + h if (end - t - h) * h > 0 else end
+        nearest = torch.nextafter(t, end)
+        if smallest := s in (t, nearest):             # at the resolution of t: go on, it cannot be done better
+            s = nearest
         h = s - t
         k2 = v(z + h / 2 * k1, t + h / 2)
         k3 = v(z + 3 / 4 * h * k2, t + 3 / 4 * h)
@@ -227,13 +230,13 @@ def sample_bs23(velocity, z, ts, callback=None, tolerance=1e-3):
         k4 = v(z_new, s)
         error = h * (-5 / 72 * k1 + k2 / 12 + k3 / 9 - k4 / 8) / (1 + z.abs())
         error = float(error.reshape(len(z), -1).square().mean(1).sqrt().max()) / tolerance
-        if error <= 1:
+        if error <= 1 or (smallest and error < math.inf):
             i, t, z, k1 = i + 1, s, z_new, k4
             if callback and t != end:
                 callback(i, t, z, k1)
-        elif not abs(h) > 1e-7 * abs(ts[-1] - ts[0]):
-            raise ArithmeticError(f"sample_bs23: no step is small enough at t = {float(t):.6f}; is the velocity finite?")
-        h = h * (min(5, max(0.2, 0.9 * error ** (-1 / 3))) if 0 < error < math.inf else 5 if error == 0 else 0.2)
+        elif smallest:
+            raise ArithmeticError(f"sample_bs23: the velocity is not finite near t = {float(t):.6f}")
+        h = h * (min(5, max(0.2, 0.9 * max(error, 1e-9) ** (-1 / 3))) if error < math.inf else 0.2)
     return z
 
 

@@ -30,7 +30,7 @@ class TrainConfig:
     lr: float = flag(0.0, "learning rate of AdamW; 0: the stage's default", "optimization")
     muon_lr: float = flag(0.0, "learning rate of Muon on the hidden matrices; 0: the stage's default, -1: AdamW for all", "optimization")
     warmup: int = flag(100, "steps of linear warm-up", "optimization")
-    decay: float = flag(0.5, "last share of the steps, over which the learning rate falls linearly to zero", "optimization")
+    decay: float = flag(0.7, "last share of the steps, over which the learning rate falls linearly to zero", "optimization")
     weight_decay: float = flag(0.0, "of AdamW", "optimization")
     clip_grad: float = flag(1.0, "largest norm of the gradient", "optimization")
     ema_decay: float = flag(0.998, "of the averaged weights, a step", "optimization")
@@ -51,7 +51,7 @@ class TrainConfig:
     chunk: int = flag(16384, "samples that the frozen parts encode at once", "data")
     reuse: int = flag(4, "times an encoded sample is seen before fresh ones are encoded", "data")
     workers: int = flag(2, "processes that read or draw pictures", "data")
-    kl_weight: float = flag(1e-5, "of the autoencoder's KL term", "autoencoder")
+    kl_weight: float = flag(1e-6, "of the autoencoder's KL term", "autoencoder")
     eval_every: int = flag(1000, "steps between validations, grids and checkpoints", "log")
     log_every: int = flag(50, "steps between lines of metrics.jsonl", "log")
     device: str = flag("cpu", "cpu, cuda, mps", "machine")
@@ -59,9 +59,9 @@ class TrainConfig:
 
 
 # What a stage of the miniature takes unless a flag says otherwise; measured on 2 cores (README).
-DEFAULTS = {"vae": dict(steps=5000, batch_size=16, lr=1e-3, muon_lr=0.02),
-            "clip": dict(steps=1500, batch_size=128, lr=1e-3, muon_lr=-1.0),
-            "t5": dict(steps=1500, batch_size=64, lr=1e-3, muon_lr=-1.0),
+DEFAULTS = {"vae": dict(steps=8000, batch_size=16, lr=1e-3, muon_lr=0.02),
+            "clip": dict(steps=1200, batch_size=128, lr=1e-3, muon_lr=-1.0),
+            "t5": dict(steps=1200, batch_size=32, lr=1e-3, muon_lr=-1.0),
             "pretrain": dict(steps=12000, batch_size=64, lr=1e-3, muon_lr=-1.0)}
 
 if __name__ == "__main__":
@@ -86,7 +86,7 @@ import evaluate
 from data import Sample, open_data
 from flow import formulation, shift
 from mmdit import MMDiT
-from sample import generate, grid, save_png
+from sample import check_device, check_size, generate, grid, save_png
 from text_encoders import (BPETokenizer, CLIPTextEncoder, T5Denoiser, T5Encoder, UnigramTokenizer, contrastive_loss,
                            span_corruption)
 from vae import AutoencoderKL, psnr, vae_loss
@@ -113,7 +113,13 @@ class Indexed:
     def __getitem__(self, key):
         position, item = key
         sample = self.dataset[item]
+        if sample is None:  # data.Folder: the file and what is wrong with it, for `batches` to name
+            path = str(self.dataset.items[item][0])
+            return path, self.dataset.skipped[path]
         return sample.caption(np.random.default_rng((self.seed, 7, position)), self.share), sample
+
+
+UNREADABLE = {}  # each skipped image and why, in the order they were met
 
 
 def batches(dataset, batch_size, cfg, start=0):
@@ -123,7 +129,13 @@ def batches(dataset, batch_size, cfg, start=0):
     loader = DataLoader(Indexed(dataset, cfg.synthetic_share, cfg.seed), batch_sampler=keys, num_workers=cfg.workers, collate_fn=list,
                         prefetch_factor=4 if cfg.workers else None)
     for rows in loader:
+        for path, why in rows:
+            if isinstance(why, str) and path not in UNREADABLE:
+                UNREADABLE[path] = why
+                tqdm.write(f"unreadable image {len(UNREADABLE)}, skipped: {path} ({why})", file=sys.stderr)
         rows = [row for row in rows if isinstance(row[1], Sample)]
+        if not rows and all(str(path) in UNREADABLE for path, _ in dataset.items):
+            raise ValueError(f"none of the {len(dataset)} images can be read, the first is {dataset.items[0][0]}")
         if rows:
             captions, samples = zip(*rows)
             yield to_tensor(samples), list(captions), samples
@@ -188,12 +200,16 @@ class Run:
         self.cfg, self.folder = cfg, Path(cfg.out)
         self.checkpoint, self.metrics = self.folder / f"{cfg.stage}.ckpt", self.folder / "metrics.jsonl"
 
+    def refuse_to_overwrite(self):
+        if not self.cfg.resume and (self.checkpoint.exists() or self.done()):
+            raise ValueError(f"{self.folder} holds a run of stage {self.cfg.stage}: --resume goes on with it, another --out starts afresh")
+
     def start(self):
         """The state to resume from, or None for a fresh stage."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.cfg.resume and (self.checkpoint.exists() or self.done()):
-            raise ValueError(f"{self.folder} holds a run of stage {self.cfg.stage}: --resume goes on with it, another --out starts afresh")
         state = checkpoint.load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
+        if state is not None and not (isinstance(state, dict) and {"step", "model", "ema", "optimizers"} <= state.keys()):
+            raise ValueError(f"{self.checkpoint} is no training checkpoint")
         done = state["step"] if state else 0
         kept = [row for row in self.rows() if row["stage"] != self.cfg.stage or row["step"] <= done]
         checkpoint.write(self.metrics, lambda temporary: Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in kept)))
@@ -209,7 +225,8 @@ class Run:
         self.checkpoint.unlink(missing_ok=True)
 
     def rows(self):
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()] if self.metrics.exists() else []
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
 
     def log(self, step, **values):
         with open(self.metrics, "a") as file:
@@ -245,8 +262,8 @@ def fit(cfg, module, data, loss_of, validate):
     step = 0
     if state:
         step = state["step"]
-        module.load_state_dict(state["model"])
-        averaged.load_state_dict(state["ema"])
+        checkpoint.load_strictly(module, state["model"], run.checkpoint)
+        checkpoint.load_strictly(averaged, state["ema"], run.checkpoint)
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
 
@@ -314,7 +331,7 @@ def mean_of(rows):
 
 def train_vae(cfg):
     dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
-    vae = AutoencoderKL(cfg.latent_channels, channels=32, multipliers=(1, 2, 4), blocks=1, scale=1.0, shift=0.0, unshuffle=2, attention=False,
+    vae = AutoencoderKL(cfg.latent_channels, channels=64, multipliers=(1, 2), blocks=1, scale=1.0, shift=0.0, unshuffle=4, attention=False,
                         groups=8)
     images = first(held_out, 256, cfg)[0].to(cfg.device)
 
@@ -348,7 +365,7 @@ def train_clip(cfg):
     common = dict(vocab_size=len(tokenizer.vocab), length=cfg.clip_length, layers=3, eos=tokenizer.end)
     configs = {"clip_l": dict(common, width=width_l, heads=max(width_l // 32, 1), mlp=4 * width_l, activation="quick_gelu", projection=width_l),
                "clip_g": dict(common, width=width_g, heads=max(width_g // 32, 1), mlp=4 * width_g, activation="gelu", projection=width_g),
-               "clip_image": dict(resolution=cfg.resolution, patch_size=8, width=192, layers=4, heads=6, projection=width_l + width_g)}
+               "clip_image": dict(resolution=cfg.resolution, patch_size=8, width=128, layers=4, heads=4, projection=width_l + width_g)}
     towers = torch.nn.ModuleDict({"clip_l": CLIPTextEncoder(**configs["clip_l"]), "clip_g": CLIPTextEncoder(**configs["clip_g"]),
                                   "clip_image": evaluate.CLIPImageEncoder(**configs["clip_image"])})
 
@@ -436,7 +453,8 @@ def encoded_batches(dataset, bundle, cfg, start):
         latents, context, pooled, text = encoded(dataset, bundle, cfg, number * chunk, chunk)
         for again in range(cfg.reuse):
             order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + number * cfg.reuse + again))
-            for k, rows in enumerate(order[:chunk].split(cfg.batch_size)):
+            order = order.repeat(-(-chunk // len(order)))[:chunk]  # unreadable images leave fewer than a chunk
+            for k, rows in enumerate(order.split(cfg.batch_size)):
                 if (number * cfg.reuse + again) * chunk + k * cfg.batch_size >= start:
                     yield latents[rows], context[text[rows]].float(), pooled[text[rows]].float()
 
@@ -449,7 +467,7 @@ def fixed_prompts(cfg, held_out):
 
 
 def train_mmdit(cfg):
-    missing = [part for part in FROZEN if not list(Path(cfg.out).glob(part + "*"))]
+    missing = [part for part in FROZEN if not any((Path(cfg.out) / f"{part}{end}").exists() for end in (".pt", "/"))]
     if missing:
         checkpoint.copy_parts(cfg.weights, cfg.out, missing)
     dataset, held_out = open_split(cfg, "train"), open_split(cfg, "val")
@@ -500,19 +518,36 @@ FROZEN = ("vae", "clip_l", "clip_g", "clip_image", "t5", "clip_tokenizer", "t5_t
 TRAIN = {"vae": train_vae, "clip": train_clip, "t5": train_t5, "pretrain": train_mmdit}
 
 
+def check(cfg):
+    """Refuses what cannot be trained, before anything is written."""
+    check_size(cfg.resolution, cfg.resolution)
+    check_device(cfg.device)
+    formulation(cfg.formulation)
+    least = {"steps": 1, "batch_size": 1, "depth": 1, "weight_sets": 1, "latent_channels": 1, "text_width": 32, "clip_length": 3, "t5_length": 3,
+             "chunk": cfg.batch_size, "reuse": 1, "workers": 0, "eval_every": 1, "log_every": 1, "seed": 0, "threads": 0}
+    for name, value in least.items():
+        if getattr(cfg, name) < value:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; the least is {value}")
+    if cfg.weight_sets > 3:
+        raise ValueError(f"--weight-sets is {cfg.weight_sets}; known are 1, 2, 3")
+
+
 def main():
     cfg = CONFIG
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    runs = []
     for stage in TRAIN if cfg.stage == "all" else [cfg.stage]:
         own = {k: v for k, v in DEFAULTS[stage].items() if not getattr(cfg, k) or (cfg.stage == "all" and stage != "pretrain")}
-        stage_cfg = replace(cfg, stage=stage, **own)
-        run = Run(stage_cfg)
+        runs.append(Run(replace(cfg, stage=stage, **own)))
+        check(runs[-1].cfg)
+        runs[-1].refuse_to_overwrite()
+    for run in runs:
         if cfg.resume and run.done():
-            print(f"{cfg.out}: stage {stage} is done")
+            print(f"{cfg.out}: stage {run.cfg.stage} is done")
             continue
         torch.manual_seed(cfg.seed)
-        TRAIN[stage](stage_cfg)
+        TRAIN[run.cfg.stage](run.cfg)
         run.finish()
 
 

@@ -72,10 +72,17 @@ def line(grid, t_max, t_min, steps):
 
 
 def slope(name, velocity, solution, grids, **options):
-    """The least-squares slope of log2(error) over log2(steps)."""
+    """The least-squares slope of log2(error) over log2(steps); the error is the largest on the way, as at one t it may vanish by chance."""
     c = torch.linspace(-2, 2, 9, dtype=F64)[:, None]
-    errors = [(SAMPLERS[name](velocity, solution(c, ts[0]), ts, **options) - solution(c, ts[-1])).abs().max() for ts in grids]
-    x, y = torch.tensor([len(ts) - 1.0 for ts in grids]).log2(), torch.stack(errors).float().log2()
+    logs = []
+    for ts in grids:
+        errors = []
+
+        def note(i, t, z, v, errors=errors):
+            errors.append((z - solution(c, t)).abs().max())
+        note(None, ts[-1], SAMPLERS[name](velocity, solution(c, ts[0]), ts, note, **options), None)
+        logs.append((math.log2(len(ts) - 1), math.log2(max(errors))))
+    x, y = torch.tensor(logs).T
     return -float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 

@@ -1,0 +1,313 @@
+"""mmdit.py against diffusers with the same random weights, against the paper's formulas, and its hand-written attention against the exact softmax."""
+
+import inspect
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import mmdit
+from mmdit import MMDiT, embed_positions, embed_timestep, fused_attention
+
+torch.set_num_threads(1)
+SMALL = dict(depth=2, in_channels=4, context_dim=48, pooled_dim=24, pos_embed_max_size=12, base_size=4, clip_length=3)
+
+
+def randomized(model, seed=0):
+    """Every parameter random: zero-initialised gates would hide what stands behind them."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator) * 0.08 + (0 if p.ndim > 1 else 0.5)
+    return model
+
+
+def inputs(model=SMALL, h=8, w=12, batch=2, tokens=5, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    shapes = (batch, model['in_channels'], h, w), (batch, tokens, model['context_dim']), (batch, model['pooled_dim'])
+    latents, context, pooled = (torch.randn(s, generator=g) for s in shapes)
+    return latents, torch.rand(batch, generator=g), context, pooled
+
+
+# ---------------------------------------------------------------- parity with diffusers
+
+def to_diffusers(state, depth):
+    """Stability's names and layouts -> diffusers'. Traps: QKV apart, the halves (shift, scale) of two norms swapped, the first layer's convolution under `pos_embed`."""
+    rename = {'x_embedder.proj': 'pos_embed.proj', 't_embedder.mlp.0': 'time_text_embed.timestep_embedder.linear_1', 't_embedder.mlp.2': 'time_text_embed.timestep_embedder.linear_2',
+              'y_embedder.mlp.0': 'time_text_embed.text_embedder.linear_1', 'y_embedder.mlp.2': 'time_text_embed.text_embedder.linear_2',
+              'joint_blocks': 'transformer_blocks', 'final_layer.adaLN_modulation.1': 'norm_out.linear', 'final_layer.linear': 'proj_out',
+              'x_block.adaLN_modulation.1': 'norm1.linear', 'context_block.adaLN_modulation.1': 'norm1_context.linear',
+              'x_block.mlp.fc1': 'ff.net.0.proj', 'x_block.mlp.fc2': 'ff.net.2', 'context_block.mlp.fc1': 'ff_context.net.0.proj', 'context_block.mlp.fc2': 'ff_context.net.2',
+              'x_block.attn2.proj': 'attn2.to_out.0', 'x_block.attn2.ln_': 'attn2.norm_', 'x_block.attn2': 'attn2',
+              'x_block.attn.proj': 'attn.to_out.0', 'context_block.attn.proj': 'attn.to_add_out',
+              'x_block.attn.ln_': 'attn.norm_', 'context_block.attn.ln_': 'attn.norm_added_'}
+    out = {'pos_embed.pos_embed': state['pos_embed']}
+    for key, value in state.items():
+        if key == 'pos_embed':
+            continue
+        if key.startswith(('final_layer.adaLN', f'joint_blocks.{depth - 1}.context_block.adaLN')):
+            value = torch.cat(value.chunk(2)[::-1])
+        new = key
+        for a, b in rename.items():
+            new = new.replace(a, b)
+        if 'qkv' in key:
+            names = ('add_q_proj', 'add_k_proj', 'add_v_proj') if 'context_block' in key else ('to_q', 'to_k', 'to_v')
+            for name, part in zip(names, value.chunk(3)):
+                out[new.replace('context_block.attn', 'attn').replace('x_block.attn', 'attn').replace('qkv', name)] = part
+        else:
+            out[new] = value
+    return out
+
+
+def diffusers_model(depth=2, qk_norm=True, dual_attention_blocks=(), in_channels=4, context_dim=48, pooled_dim=24, pos_embed_max_size=12, **_):
+    diffusers = pytest.importorskip('diffusers')
+    return diffusers.SD3Transformer2DModel(
+        in_channels=in_channels, out_channels=in_channels, num_layers=depth, num_attention_heads=depth, joint_attention_dim=context_dim, caption_projection_dim=64 * depth,
+        pooled_projection_dim=pooled_dim, pos_embed_max_size=pos_embed_max_size, qk_norm='rms_norm' if qk_norm else None, dual_attention_layers=tuple(dual_attention_blocks)).eval()
+
+
+@pytest.mark.parametrize('options', [dict(), dict(qk_norm=False), dict(dual_attention_blocks=(0, 1)), dict(depth=3, dual_attention_blocks=(1,), attention='fused')], ids=str)
+def test_parity_with_diffusers(options):
+    options = SMALL | options
+    model = randomized(MMDiT(**options)).eval()
+    peer = diffusers_model(**options)
+    peer.load_state_dict(to_diffusers(model.state_dict(), options['depth']), strict=True)
+    latents, t, context, pooled = inputs()
+    with torch.no_grad():
+        ours, theirs = model(latents, t, context, pooled), peer(latents, context, pooled, 1000 * t).sample
+    assert ours.shape == latents.shape
+    assert (ours - theirs).norm() / theirs.norm() <= 1e-5
+
+
+PRESETS = {'sd3-medium': (dict(depth=24, qk_norm=False), 2_028_328_000),
+           'sd3.5-medium': (dict(depth=24, pos_embed_max_size=384, dual_attention_blocks=range(13)), 2_243_171_520),
+           'sd3.5-large': (dict(depth=38), 8_056_627_520)}
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_released_sizes(preset):
+    options, count = PRESETS[preset]
+    with torch.device('meta'):
+        model = MMDiT(**options)
+        peer = diffusers_model(**dict(in_channels=16, context_dim=4096, pooled_dim=2048, pos_embed_max_size=192) | options)
+    assert sum(p.numel() for p in model.parameters()) == count
+    theirs = {k: v.shape for k, v in peer.state_dict().items()}
+    assert {k: v.shape for k, v in to_diffusers(model.state_dict(), options['depth']).items()} == theirs
+
+
+# ---------------------------------------------------------------- positions and time
+
+@pytest.mark.parametrize('max_size, base_size', [(192, 64), (384, 64), (12, 4), (13, 4)])
+def test_positions_are_the_papers_formula(max_size, base_size):
+    """Sec. 5.3.2 as written, in pixels: ((p - (h_max - s) / 2) * 256 / S) tokens of 16 pixels; frequencies as diffusers computes them."""
+    embeddings = pytest.importorskip('diffusers.models.embeddings')
+    S, h_max, s = 16 * base_size, max_size, base_size
+    grid = torch.tensor([(p - (h_max - s) / 2) * 256 / S for p in range(h_max)])
+    width_first = torch.stack(torch.meshgrid(grid, grid, indexing='xy'))
+    reference = embeddings.get_2d_sincos_pos_embed_from_grid(64, width_first).float()
+    ours = embed_positions(max_size, base_size, 64)
+    torch.testing.assert_close(ours.flatten(0, 1), reference, atol=1e-6, rtol=0)
+    if (max_size - base_size) % 2 == 0:                         # the middle s x s tokens sit where a 256 x 256 pretraining has 0 .. 16
+        start = (max_size - base_size) // 2
+        base = embeddings.get_2d_sincos_pos_embed(64, base_size, base_size=16).float().unflatten(0, (base_size, base_size))
+        torch.testing.assert_close(ours[start:start + s, start:start + s], base, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize('h, w', [(1, 12), (12, 1), (4, 4), (3, 8), (5, 5), (12, 12)])
+def test_positions_are_a_centre_crop(h, w):
+    model = MMDiT(**SMALL)
+    grid = embed_positions(12, 4, 128)
+    rows, columns = (range((12 - n) // 2, (12 - n) // 2 + n) for n in (h, w))
+    expected = torch.stack([grid[i, j] for i in rows for j in columns])
+    torch.testing.assert_close(model.cropped_positions(h, w)[0], expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize('h, w, said', [(7, 8, '7 x 8.*patch size 2'), (8, 9, '8 x 9.*patch size 2'), (26, 8, '13 x 4.*12 x 12'), (8, 26, '4 x 13.*12 x 12')])
+def test_bad_sizes_are_refused(h, w, said):
+    with pytest.raises(ValueError, match=said):
+        MMDiT(**SMALL)(*inputs(h=h, w=w))
+
+
+def test_timestep_embedding():
+    """cos before sin, 1000 t, float32 whatever t is: as the released models."""
+    t = torch.tensor([0, 0.25, 0.9984])
+    ours = embed_timestep(t)
+    i = torch.arange(128)
+    torch.testing.assert_close(ours[1], torch.cat([(250 * 10000 ** (-i / 128)).cos(), (250 * 10000 ** (-i / 128)).sin()]), atol=1e-4, rtol=0)
+    assert (ours[0] == torch.cat([torch.ones(128), torch.zeros(128)])).all()
+    assert embed_timestep(t.double()).dtype == torch.float32
+
+
+# ---------------------------------------------------------------- the model
+
+@pytest.mark.parametrize('weight_sets', [1, 2, 3])
+def test_adaln_zero_and_gradients(weight_sets):
+    """The output is zero at first; once the zeros are gone every parameter learns, save the one the released layout has in vain: the last block's text queries lead nowhere."""
+    model = MMDiT(**SMALL, weight_sets=weight_sets)
+    assert (model(*inputs()) == 0).all()
+    randomized(model)(*inputs()).square().mean().backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert silent == [f'joint_blocks.1.{name}.attn.ln_q.weight' for name in ('context_block', 'context_block_t5')[:weight_sets - 1]]
+
+
+def test_weight_sets_share_as_they_say():
+    sizes = [sum(p.numel() for p in MMDiT(**SMALL, weight_sets=n).joint_blocks[0].parameters()) for n in (1, 2, 3)]
+    assert sizes[1] == 2 * sizes[0] and sizes[2] == 3 * sizes[0]
+    # Three sets with equal text weights are two sets, and two sets with text weights equal to the image's are one, in all but the last block (whose text side is cut short).
+    three, two, one = (randomized(MMDiT(**SMALL, weight_sets=n)) for n in (3, 2, 1))
+    shared = two.state_dict()
+    three.load_state_dict(shared | {k.replace('context_block', 'context_block_t5'): v for k, v in shared.items() if 'context_block' in k})
+    torch.testing.assert_close(three(*inputs()), two(*inputs()))
+    x = torch.randn(2, 11, 128)
+    c = torch.randn(2, 128)
+    for block in (one.joint_blocks[0], two.joint_blocks[0]):
+        block['x_block'].load_state_dict(two.joint_blocks[0]['x_block'].state_dict())
+    two.joint_blocks[0]['context_block'].load_state_dict(two.joint_blocks[0]['x_block'].state_dict())
+    torch.testing.assert_close(torch.cat(two.joint_blocks[0]([x[:, :4], x[:, 4:]], c), dim=1), one.joint_blocks[0]([x], c)[0])
+
+
+def test_third_set_starts_at_clip_length():
+    """A T5 token does not touch CLIP's weights in the first block: only the tokens from `clip_length` on go through `context_block_t5`."""
+    model = randomized(MMDiT(**SMALL, weight_sets=3))
+    seen = {}
+    for name, stream in model.joint_blocks[0].items():
+        stream.attn.qkv.register_forward_hook(lambda m, args, out, name=name: seen.update({name: args[0].shape[1]}))
+    model(*inputs(h=8, w=12, tokens=5))
+    assert seen == {'context_block': 3, 'context_block_t5': 2, 'x_block': 24}
+
+
+def test_every_option_changes_something():
+    """An option accepted and dropped is a bug: each one, changed alone, changes the parameters, the buffers, the output or what is computed."""
+    def fingerprint(**options):
+        options = SMALL | options
+        torch.manual_seed(0)
+        model = MMDiT(**options)
+        state = {k: v.double().sum().item() for k, v in model.state_dict().items()}
+        return state, model.joint_blocks[0].attention, model.context_splits
+    changes = dict(depth=3, in_channels=8, out_channels=8, patch_size=4, context_dim=32, pooled_dim=32, pos_embed_max_size=16, qk_norm=False, weight_sets=1, dual_attention_blocks=(1,),
+                   base_size=8, attention='fused')
+    assert {*changes, 'clip_length'} == {*inspect.signature(MMDiT).parameters}
+    for name, value in changes.items():
+        assert fingerprint(**{name: value}) != fingerprint(), name
+    assert fingerprint(weight_sets=3, clip_length=4) != fingerprint(weight_sets=3)
+
+
+def test_every_input_matters():
+    model = randomized(MMDiT(**SMALL))
+    args = inputs()
+    for i in range(4):
+        changed = list(args)
+        changed[i] = changed[i] * 0.5
+        assert not torch.allclose(model(*changed), model(*args), rtol=1e-3), ('latents', 't', 'context', 'pooled')[i]
+
+
+def test_out_channels():
+    assert MMDiT(**SMALL, out_channels=7)(*inputs()).shape == (2, 7, 8, 12)
+
+
+def test_samples_of_a_batch_do_not_mix():
+    model = randomized(MMDiT(**SMALL))
+    args = inputs(batch=3)
+    torch.testing.assert_close(model(*args)[1:2], model(*(a[1:2] for a in args)))
+
+
+def test_checkpointing_gives_the_same_gradients():
+    def gradients(checkpointing):
+        saved = []
+        model = randomized(MMDiT(**SMALL)).train()
+        model.checkpointing = checkpointing
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.numel()), x)[1], lambda x: x):
+            loss = model(*inputs()).square().mean()
+        loss.backward()
+        return [p.grad for p in model.parameters()], sum(saved)
+    plain, recomputed = gradients(False), gradients(True)
+    torch.testing.assert_close(plain[0], recomputed[0])
+    assert recomputed[1] < 0.5 * plain[1]
+
+
+def test_bfloat16():
+    """The released weights come in half precision; so does `--precision bf16`. The clock stays in float32 either way."""
+    args = inputs()
+    for attention in 'sdpa', 'fused':
+        model = randomized(MMDiT(**SMALL, attention=attention))
+        exact = model(*args)
+        with torch.autocast('cpu', torch.bfloat16):
+            mixed = model(*args)
+        half = model.bfloat16()(args[0].bfloat16(), args[1], args[2].bfloat16(), args[3].bfloat16())
+        for out in mixed, half:
+            assert out.dtype == torch.bfloat16
+            assert (out - exact).norm() / exact.norm() < 0.03
+
+
+# ---------------------------------------------------------------- fused attention
+
+def exact_attention(q, k, v):
+    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+
+
+def qkv(queries, keys, dtype=torch.float64, channels=64, scale=1.0):
+    g = torch.Generator().manual_seed(queries * 1000 + keys)
+    return [(torch.randn(2, 3, n, channels, generator=g, dtype=torch.float64) * scale).to(dtype).requires_grad_() for n in (queries, keys, keys)]
+
+
+@pytest.mark.parametrize('scale', [1.0, 12.0], ids=['usual', 'peaked'])       # peaked: logits in the thousands, the maximum moves between tiles
+@pytest.mark.parametrize('queries, keys', [(1, 1), (7, 513), (256, 512), (257, 511), (600, 1100), (1100, 3)])
+def test_fused_attention_is_exact(queries, keys, scale):
+    q, k, v = qkv(queries, keys, scale=scale)
+    ours, exact = fused_attention(q, k, v), exact_attention(q, k, v)
+    torch.testing.assert_close(ours, exact, atol=1e-12 * scale, rtol=1e-12)
+    grad = torch.randn_like(exact)
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(exact, (q, k, v), grad)):
+        torch.testing.assert_close(a, b, atol=1e-11 * scale ** 2, rtol=1e-11)
+
+
+def test_fused_attention_gradcheck(monkeypatch):
+    """Tiles of 4 x 3, so that 9 queries and 7 keys make several, the last ones incomplete."""
+    monkeypatch.setattr(mmdit.FusedAttention, 'QUERIES', 4)
+    monkeypatch.setattr(mmdit.FusedAttention, 'KEYS', 3)
+    assert torch.autograd.gradcheck(fused_attention, qkv(9, 7, channels=5))
+
+
+def test_fused_attention_takes_transposed_views_and_half_precision():
+    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(300, 700, torch.float32))
+    exact = exact_attention(*(x.double() for x in (q, k, v)))
+    torch.testing.assert_close(fused_attention(q, k, v).double(), exact, atol=1e-6, rtol=1e-5)
+    out = fused_attention(*(x.bfloat16() for x in (q, k, v)))
+    assert out.dtype == torch.bfloat16 and (out - exact).norm() / exact.norm() < 0.01
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Elements of the largest tensor that any operation inside makes."""
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def largest(attention, n):
+    """(largest tensor made, elements saved for the backward pass) of one attention, forward and backward, with n tokens and one head."""
+    saved = []
+    q, k, v = (torch.randn(1, 1, n, 64, requires_grad=True) for _ in range(3))
+    with LargestTensor() as mode, torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.numel()), x)[1], lambda x: x):
+        attention(q, k, v).sum().backward()
+    return mode.elements, sum(saved)
+
+
+def test_fused_attention_is_linear_in_memory():
+    """No tensor of queries x keys exists at any time, in either direction, and only q, k, v, out and logsumexp are kept; the exact formula fails the same test."""
+    for n in 2048, 4096:
+        made, saved = largest(fused_attention, n)
+        assert made == n * 64 and saved == n * (4 * 64 + 1)         # the largest is an input's size (a tile, 256 x 512, is no larger here)
+    made, saved = largest(exact_attention, 2048)
+    assert made == 2048 ** 2 and saved > 2048 ** 2
+
+
+def test_fused_model_equals_sdpa_model():
+    two = [randomized(MMDiT(**SMALL, attention=a)) for a in ('sdpa', 'fused')]
+    torch.testing.assert_close(*(m(*inputs()) for m in two), atol=1e-5, rtol=1e-4)
