@@ -113,10 +113,15 @@ def detect(image):
     ground = np.median(pixels.reshape(-1, 3), 0)
     cell = min(image.shape[:2]) / 4
     distance = np.sqrt(((pixels - ground) ** 2).sum(-1))
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(distance, 1), (3, 3)).max((2, 3))
     things = []
     for mask in components(distance > 50):
-        if mask.sum() > 0.03 * cell ** 2 and distance[mask].max() > 75:  # smaller or fainter is a blemish, not an object
-            things.append(sign(pixels, mask, cell) or shape(pixels, mask, ground, distance, cell))
+        board = sign(pixels, mask, cell)
+        things += [board] if board else []
+        for part in [] if board else components(mask & (distance > 0.6 * around)):  # the half-covered pixels between two neighbours join nothing
+            if part.sum() > 0.03 * cell ** 2 and distance[part].max() > 75:  # smaller or fainter is a blemish, not an object
+                box = part.any(1)[:, None] & part.any(0)  # of a sign, the ink may be lost
+                things.append(sign(pixels, mask & box, cell) or shape(pixels, part, ground, distance, cell))
     boards = [t for t in things if t.word]  # counters of letters are not things of their own
     things = [t for t in things if t.word or not any(abs(t.x - b.x) < b.half[0] and abs(t.y - b.y) < b.half[1] for b in boards)]
     return list(data.BACKGROUNDS)[nearest(ground, GROUNDS)[0]], things
@@ -132,6 +137,13 @@ def shows(scene, background, things, tolerance=0.2):
             return False
         left.remove(fits[0])
     return not left and background == scene.background
+
+
+def apart(mask, distance):
+    """The things of one component: neighbours whose antialiased rims meet are cut where they cover less than half of a pixel."""
+    parts = components(mask & (distance > 0.55 * np.quantile(distance[mask], 0.9)))
+    large = [part for part in parts if part.sum() > 0.2 * mask.sum()]
+    return large if len(large) > 1 else [mask]
 
 
 def components(mask):
@@ -180,7 +192,7 @@ def template(name, x, y, radius, width, height, s=data.SUPERSAMPLING):
     return np.asarray(canvas.reduce(s) if s > 1 else canvas) / 255
 
 
-def shape(pixels, mask, ground, distance, cell, least=0.75):
+def shape(pixels, mask, ground, distance, cell, least=0.8):
     """The Thing in a component: color of its core, and the shape whose template of equal area and centre overlaps most.
     Overlap = sum of minima / sum of maxima of the two masks; below `least` the shape is '?'."""
     core = mask & (distance >= 0.8 * np.quantile(distance[mask], 0.9))

@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 import checkpoint
 from flow import formulation
-from samplers import SAMPLERS, guided, timesteps
+from samplers import SAMPLERS, guided, parts, timesteps
 
 MAX_PROMPT, MAX_SIDE = 2000, 4096
 
@@ -115,20 +115,15 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
     ts = timesteps(steps, shift, form.t_max, form.t_min).to(device)
     shape = len(prompts), bundle.mmdit.x_embedder.proj.in_channels, height // 8, width // 8
     z = torch.cat([torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(seed + i)) for i in range(shape[0])]).to(device)
-    velocity = guided(field(context, pooled), field(null_context, null_pooled), cfg)
-    preview = callback and (lambda i, t, z, v: callback(i, float(t), to_uint8(bundle.vae.decode(data_estimate(form, z, v, t)))))
+    both = field(torch.cat([context, null_context]), torch.cat([pooled, null_pooled]))
+    velocity = guided(field(context, pooled), None, cfg, joint=both)
+    preview = callback and (lambda i, t, z, v: callback(i, float(t), to_uint8(bundle.vae.decode(parts(v, z, t, form)[0]))))
     options = {"path": form, "generator": torch.Generator().manual_seed(seed)}  # for the samplers that take them
     options = {k: v for k, v in options.items() if k in inspect.signature(SAMPLERS[sampler]).parameters}
     z = SAMPLERS[sampler](velocity, form.b(ts[0]) * z, ts, callback=preview, **options)
     if not z.isfinite().all():
         raise ValueError(f"the sampler left finite numbers (guidance {cfg}, shift {shift}): no picture is written")
     return to_uint8(bundle.vae.decode(z))
-
-
-def data_estimate(form, z, v, t):
-    """x_0 out of z = a x_0 + b eps and v = a' x_0 + b' eps; z - t v for rf."""
-    a, b, da, db = form.a(t), form.b(t), form.da(t), form.db(t)
-    return (db * z - b * v) / (a * db - b * da)
 
 
 def to_uint8(images):

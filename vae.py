@@ -124,7 +124,7 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """The defaults are SD3's: 83.8 M parameters, f = 8.
 
-    f = unshuffle * 2^(levels - 1), so three levels behind a pixel-unshuffle of 2 are f = 8 too, with no convolution at full resolution: the miniature.
+    f = unshuffle * 2^(levels - 1), so two levels behind a pixel-unshuffle of 4 are f = 8 too, without a convolution at full resolution: the miniature.
     scale, shift: latents leave as (z - shift) * scale; one number, as released, or one for each of the C channels."""
 
     def __init__(self, latent_channels=16, channels=128, multipliers=(1, 2, 4, 4), blocks=2, scale=1.5305, shift=0.0609,
@@ -172,11 +172,11 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.denormalise(latents))
 
     def encode_tiled(self, images, tile=64):
-        """`to_latents(images, sample=False)` in tiles of `tile` x `tile` latents."""
+        """`to_latents(images, sample=False)` in tiles of `tile` x `tile` latents; near, not equal: norms and attention then see a tile, not the picture."""
         return tiled(lambda x: self.to_latents(x, sample=False), images, tile, unit=self.factor)
 
     def decode_tiled(self, latents, tile=64):
-        """`decode(latents)` in tiles of `tile` x `tile` latents."""
+        """`decode(latents)` in tiles of `tile` x `tile` latents; near, not equal, as above."""
         return tiled(self.decode, latents, tile)
 
 
@@ -208,10 +208,10 @@ def tiled(function, x, tile, unit=1):
             if total is None:
                 total = y.new_zeros(*y.shape[:2], *(round(side * zoom) for side in x.shape[2:]))
                 weights = torch.zeros_like(total[0, 0])
-            where = (..., slice(at := round(top * zoom), at + y.shape[2]), slice(at := round(left * zoom), at + y.shape[3]))
+            rows, columns = (slice(round(start * zoom), round(start * zoom) + n) for start, n in zip((top, left), y.shape[2:]))
             weight = ramp(y.shape[2])[:, None] * ramp(y.shape[3])
-            total[where] += weight * y
-            weights[where] += weight
+            total[..., rows, columns] += weight * y
+            weights[rows, columns] += weight
     return total.div_(weights)
 
 

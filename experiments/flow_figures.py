@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from flow import formulation
-from samplers import path_length, sample_dpmpp_2m, timesteps_log_snr
+from samplers import sample_dpmpp_2m, timesteps_log_snr
 
 OUT = Path(__file__).parent / "results" / "flow_figures"
 DENSITIES = {                                                           # Fig. 11
@@ -28,6 +28,10 @@ DENSITIES = {                                                           # Fig. 1
 }
 WEIGHTS = ("rf", "rf/lognorm(0.00,1.00)", "rf/mode(1.29)", "rf/cosmap", "eps/linear", "v/linear", "eps/cos", "v/cos", "edm(-1.20,1.20)", "edm(0.00,0.60)")
 PATHS = ("rf", "v/cos", "eps/linear", "edm(-1.20,1.20)")
+
+
+def rounded(x):
+    return [float(f"{value:.4g}") for value in x.tolist()]
 
 
 def two_moons(n, generator):
@@ -50,36 +54,33 @@ def exact_network(f, data):
 
 
 def draw_densities(axes, numbers):
-    t = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
+    t = torch.linspace(0.005, 0.995, 199, dtype=torch.float64)
     for ax, (title, names) in zip(axes, DENSITIES.items(), strict=True):
         for name in names:
             f = formulation(name)
-            numbers[name] = f.density(t).tolist()
+            numbers[name] = rounded(f.density(t))
             ax.plot(t, f.density(t), label=name.removeprefix("rf/"))
         ax.set(title=f"densities: {title}", xlabel="t", ylabel="$\\pi(t)$", xlim=(0, 1), ylim=(0, 4))
         ax.legend(fontsize=7)
 
 
 def draw_weights(ax, numbers):
-    """w over lambda. Scaled to a peak of 1 of w sech(lambda / 2), as constants do not matter and most grow without bound."""
-    goal = torch.linspace(-10, 10, 201, dtype=torch.float64)
+    """w over lambda, scaled so that w sech(lambda / 2) peaks at 1: constants do not matter, and many w grow without bound. v/cos lies on rf."""
     for name in WEIGHTS:
         f = formulation(name)
-        t = torch.linspace(0, 1, 40001, dtype=torch.float64)[1:-1]
-        lam = f.log_snr(t)                                              # falls
-        at = torch.searchsorted(lam.flip(0), goal).clamp(max=len(t) - 1)
-        inside = (goal > lam.min()) & (goal < lam.max())
-        w = f.weight(t).flip(0)[at].where(inside, torch.tensor(math.nan))
-        w = w / (w / torch.cosh(goal / 2)).nan_to_num().max()
-        numbers[name] = [None if math.isnan(x) else x for x in w.tolist()]
-        ax.semilogy(goal, w, label=name, linestyle="-" if name.startswith("rf") else "--", linewidth=1.3)
+        t = timesteps_log_snr(200, f, limit=10).double()[1:-1]
+        lam, w = f.log_snr(t), f.weight(t)
+        w = w / (w / torch.cosh(lam / 2)).max()
+        numbers[name] = {"log-SNR": rounded(lam), "weight": rounded(w)}
+        rf = name.startswith("rf")
+        ax.semilogy(lam, w, label=name, linestyle="-" if rf else "--", linewidth=3 if name == "rf" else 1.3, alpha=0.5 if name == "rf" else 1)
     ax.set(title="weightings $w$ over log-SNR (scaled)", xlabel="$\\lambda$  (noise $\\leftarrow$   $\\rightarrow$ data)", ylabel="w", ylim=(1e-4, 1e3))
     ax.legend(fontsize=6, ncol=2)
 
 
 def draw_paths(axes, numbers):
     generator = torch.Generator().manual_seed(0)
-    data, noise = two_moons(400, generator), torch.randn(40, 2, generator=generator)
+    data, noise = two_moons(400, generator), torch.randn(24, 2, generator=generator)
     for ax, name in zip(axes, PATHS, strict=True):
         f = formulation(name)
         network = exact_network(f, data)
@@ -90,15 +91,15 @@ def draw_paths(axes, numbers):
         z = torch.hypot(f.a(ts[:1]), f.b(ts[:1])) * noise
         end = sample_dpmpp_2m(velocity, z, ts, lambda i, t, z, v, track=track: track.append(z), path=f)
         track = torch.stack([*track, end])
-        conditional = torch.stack([f.interpolate(data[:40], noise, t) for t in ts])
-        length = (track.diff(dim=0).norm(dim=-1).sum(0) / (track[0] - end).norm(dim=-1)).mean()
-        numbers[name] = {"length / distance of the ends": float(length), "nearest data point": float(torch.cdist(end, data).amin(1).mean())}
+        conditional = torch.stack([f.interpolate(data[:24], noise, t) for t in ts])
+        length = track.diff(dim=0).norm(dim=-1).sum() / (track[0] - end).norm(dim=-1).sum()
+        numbers[name] = {"length / distance between the ends": float(length), "nearest data point": float(torch.cdist(end, data).amin(1).mean())}
 
-        ax.plot(*conditional[:, :12].unbind(-1), color="tab:blue", linewidth=0.6, alpha=0.5)
-        ax.plot(*track.unbind(-1), color="tab:orange", linewidth=0.8)
+        ax.plot(*conditional[:, :10].unbind(-1), color="tab:blue", linewidth=1, alpha=0.6)
+        ax.plot(*track.unbind(-1), color="tab:orange", linewidth=1)
         ax.scatter(*data.T, s=2, color="black", zorder=3)
         ax.scatter(*end.T, s=8, color="tab:red", zorder=4)
-        ax.set(title=f"{name}: {float(length):.2f} x as long as straight", xlim=(-3.5, 3.5), ylim=(-3.5, 3.5), aspect="equal")
+        ax.set(title=f"{name}: length {float(length):.2f} x straight", xlim=(-3.5, 3.5), ylim=(-3.5, 3.5), aspect="equal")
     axes[0].set_xlabel("blue: $z_t$ of a pair ($x_0$, $\\epsilon$); orange: the ODE; red: its ends")
 
 

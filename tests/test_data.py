@@ -49,9 +49,10 @@ def test_things_lie_inside_the_picture_and_do_not_touch(level, width, height):
         boxes = [extent(t) for t in scene.things]
         assert 1 <= len(boxes) <= 4
         for i, (left, top, right, bottom) in enumerate(boxes):
-            assert min(left, top) >= -1e-9 and right <= scene.columns + 1e-9 and bottom <= scene.rows + 1e-9, scene
+            cut = 0.04 if scene.things[i].shape == "star" else 0.005                  # cells; the tip of a large star may lose half a pixel of 64
+            assert min(left, top) > -cut and right < scene.columns + cut and bottom < scene.rows + cut, scene
             for l, t, r, b in boxes[:i]:
-                assert max(l - right, left - r, t - bottom, top - b) > 0.05, scene
+                assert max(l - right, left - r, t - bottom, top - b) > 0, scene
 
 
 def test_levels_are_what_they_say():
@@ -111,7 +112,7 @@ def test_pictures_show_the_named_colors_and_smooth_edges():
         assert {color for color, _ in colors.most_common(2)} == {BACKGROUNDS["white"], COLORS["blue"]}
         assert len(colors) > (2 if shape in ("square", "cross") else 8)          # the others' edges are slanted
         covered = np.argwhere((image != BACKGROUNDS["white"]).any(-1))
-        assert (covered.min(0) >= 44).all() and (covered.max(0) <= 84).all()      # 64 +- 0.42 * 1.08 cells of 32 pixels
+        assert (covered.min(0) >= 47).all() and (covered.max(0) <= 81).all()      # within half a cell of 32 pixels, and a pixel, of the centre
 
 
 # ---- captions

@@ -2,13 +2,10 @@
 
 import inspect
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import mmdit
 from mmdit import MMDiT, embed_positions, embed_timestep, fused_attention
 
