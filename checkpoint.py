@@ -9,9 +9,9 @@ A bundle is a folder; each part that is there is a JSON config and its weights (
 
 import json
 import os
-import pickle
 import shutil
 import tempfile
+import warnings
 from functools import cached_property
 from pathlib import Path
 
@@ -80,9 +80,13 @@ def load_checkpoint(path, device="cpu"):
     if not Path(path).is_file():
         raise ValueError(f"{path} is not there" if not Path(path).exists() else f"{path} is no file")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no checkpoint of ours, or damaged ({str(error).splitlines()[0][:120]})") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # foreign bytes make torch raise anything, from IndexError to UnpicklingError
+        raise ValueError(f"{path} is no checkpoint of ours, or damaged ({(str(error) or repr(error)).splitlines()[0][:120]})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------

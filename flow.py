@@ -21,12 +21,12 @@ import torch
 
 TINY = 1e-8                  # float32 tells 1 - t from 0 down to 6e-8
 SIGMA_DATA = 0.5             # Sec. 3, EDM
-SIGMA_MIN, SIGMA_MAX = 0.002, 80.0    # Karras et al. 2022, Tab. 1: where EDM's ODE begins and ends
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0      # Karras et al. 2022, Tab. 1: where EDM's ODE begins and ends
 
 
 def like(t, x):
-    """t (B,) as (B, 1, ..., 1), to multiply x (B, ...); a scalar stays one."""
-    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)) if t.ndim else t
+    """t (B,) or a scalar as (B, 1, ..., 1), to multiply x (B, ...)."""
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 
 # ---- Eq. 23: the same signal-to-noise ratio at another resolution -----------------------------------------------------
@@ -224,9 +224,12 @@ class Formulation:
             return self.path.v(t)
         if self.prediction == "eps":
             return torch.zeros_like(t), torch.ones_like(t)
-        b = self.path.b(t)                            # F: (x_0 - c_skip z) / c_out, which is -v of the data / sigma_data
-        norm = torch.hypot(b, torch.full_like(b, SIGMA_DATA))
-        return b / (norm * SIGMA_DATA), -SIGMA_DATA / norm
+        norm = self.norm(t)                           # F: (x_0 - c_skip z) / c_out, which is -v of the data / sigma_data
+        return self.b(t) / (norm * SIGMA_DATA), -SIGMA_DATA / norm
+
+    def norm(self, t):
+        """EDM: the standard deviation of z."""
+        return (self.b(t).square() + SIGMA_DATA ** 2).sqrt()
 
     def determinant(self, t):
         """D_t = a q - b p."""
@@ -235,8 +238,13 @@ class Formulation:
         return d.clamp(min=TINY) if self.prediction == "eps" else d
 
     def input(self, z, t):
-        """What the network itself should see: unit variance. Only EDM's z needs it (Karras's c_in)."""
-        return z / torch.hypot(self.b(like(t, z)), torch.tensor(SIGMA_DATA)) if self.prediction == "F" else z
+        """What a network should be shown for z: unit variance. Only EDM's z changes (Karras's c_in)."""
+        return z / self.norm(like(t, z)) if self.prediction == "F" else z
+
+    def start(self, eps):
+        """z at t_max: eps with the variance that data of unit variance have there."""
+        t = torch.full((), self.t_max, dtype=eps.dtype, device=eps.device)
+        return torch.hypot(self.a(t), self.b(t)) * eps
 
     # -- to and fro
 
@@ -280,7 +288,8 @@ class Formulation:
         return -2 * self.emphasis(t) * self.gain(t).square() * self.density(t) / self.dlog_snr(t)
 
     def loss(self, network, x0, t=None, eps=None, generator=None):
-        """(B,): the mean squared error of network(z, t) over all but the batch; t ~ pi unless given."""
+        """(B,): the mean squared error of network(z, t) over all but the batch; t ~ pi unless given.
+        z is passed as it is: a network for EDM begins with `input(z, t)`."""
         if t is None:
             t = self.sample_t(len(x0), generator, x0.device)
         if eps is None:

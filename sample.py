@@ -120,7 +120,7 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
     preview = callback and (lambda i, t, z, v: callback(i, float(t), to_uint8(bundle.vae.decode(parts(v, z, t, form)[0]))))
     options = {"path": form, "generator": torch.Generator().manual_seed(seed)}  # for the samplers that take them
     options = {k: v for k, v in options.items() if k in inspect.signature(SAMPLERS[sampler]).parameters}
-    z = SAMPLERS[sampler](velocity, form.b(ts[0]) * z, ts, callback=preview, **options)
+    z = SAMPLERS[sampler](velocity, form.start(z), ts, callback=preview, **options)
     if not z.isfinite().all():
         raise ValueError(f"the sampler left finite numbers (guidance {cfg}, shift {shift}): no picture is written")
     return to_uint8(bundle.vae.decode(z))
@@ -185,7 +185,9 @@ def main():
                           tuple(filter(None, cfg.encoders.split(","))), preview if cfg.trajectory else None, dtype)
     picture = grid(images)
     larger = (picture.width * cfg.zoom, picture.height * cfg.zoom)
-    save_png(picture.resize(larger, Image.Resampling.NEAREST), out, {"prompt": "\n".join(prompts), "software": "nanoSD3", **asdict(cfg)})
+    used = {name: bundle.config[name] for name in ("steps", "cfg", "shift", "sampler") if getattr(cfg, name) == getattr(SampleConfig, name)}
+    texts = {**asdict(cfg), **used, "prompt": "\n".join(prompts), "software": "nanoSD3"}
+    save_png(picture.resize(larger, Image.Resampling.NEAREST), out, texts)
     if cfg.trajectory:
         frames.append(picture)
         checkpoint.write(cfg.trajectory, lambda temporary: frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:], duration=100))

@@ -5,7 +5,7 @@ A sampler is one function, `sample_x(velocity, z, ts, callback=None) -> z`, its 
     z                        (B, ...) at ts[0];  ts (steps + 1,), falling from noise to data, or rising to invert
     callback(i, t, z, v)     once a step, with the velocity v found at the step's beginning
 Those whose rule knows the path z_t = a x_0 + b eps take `path`: STRAIGHT (Eq. 13) unless given, any `flow.Formulation` else.
-t_1, t_2, ... are not equally spaced anywhere here, so no rule assumes it.
+No rule assumes that the grid is equally spaced.
 """
 import math
 from itertools import pairwise
@@ -66,8 +66,8 @@ def timesteps_adapted(steps, velocity, z, ts, order=1):
     """A grid for these trajectories: a step's local error, (step)^(order + 1) |dv/dt|, is made the same for all. ts: a fine grid to measure on."""
     vs = []
     sample_euler(velocity, z, ts, lambda i, t, z, v: vs.append(v))
-    bend = torch.stack([(w - v).square().mean().sqrt() for v, w in pairwise(vs)]).cpu() / -ts.diff()[:-1]
-    bend = torch.cat([bend, bend[-1:]]) ** (1 / (order + 1))
+    bend = torch.stack([(w - v).square().mean().sqrt() for v, w in pairwise(vs)]).to(ts) / -ts.diff()[:-1]
+    bend = torch.cat([bend, bend[-1:]]) ** (1 / (order + 1)) + 1e-6       # straight paths: the uniform grid
     travelled = torch.cat([torch.zeros(1), (bend * -ts.diff()).cumsum(0)])
     goal = torch.linspace(0, 1, steps + 1) * travelled[-1]
     i = torch.searchsorted(travelled, goal).clamp(1, len(ts) - 1)
@@ -117,13 +117,13 @@ def start_from(x0, eps, ts, strength, path=STRAIGHT):
     return path.a(ts[0]) * x0 + path.b(ts[0]) * eps, ts
 
 
-def path_length(velocity, z, ts, sampler=None):
-    """(B,): sum over the steps of |v dt| (Tab. 6: 50 steps)."""
+def path_length(velocity, z, ts):
+    """(B,): sum over Euler's steps of |v dt| (Tab. 6: 50 steps)."""
     total = torch.zeros(len(z), device=z.device)
 
     def add(i, t, z, v):
         total.add_((v * (ts[i + 1] - ts[i])).reshape(len(z), -1).norm(dim=1))
-    (sampler or sample_euler)(velocity, z, ts, add)
+    sample_euler(velocity, z, ts, add)
     return total
 
 
@@ -219,7 +219,7 @@ def sample_bs23(velocity, z, ts, callback=None, tolerance=1e-3):
     t, end, h = ts[0], ts[-1], ts[1] - ts[0]
     i, k1 = 0, v(z, t, 0)
     while t != end:
-        s = t + h if (end - t - h) * h > 0 else end
+        s = t + h if abs(h) < abs(end - t) else end
         nearest = torch.nextafter(t, end)
         if smallest := s in (t, nearest):             # at the resolution of t: go on, it cannot be done better
             s = nearest

@@ -3,7 +3,7 @@
     python experiments/flow_figures.py            # a minute; experiments/results/flow_figures.{json,png}
 
 The paths are those of the exact network (the posterior mean, in closed form), so they show the formulation alone: the conditional paths from one noise
-to one data point are straight only for rf, and the marginal paths bend for all. Their lengths and the distance between their ends are in the JSON.
+to one data point are straight for rf and EDM, the same arcs of ellipses for cos and linear; the marginal paths bend for all. Their lengths and the distance between their ends are in the JSON.
 """
 import json
 import math
@@ -88,8 +88,7 @@ def draw_paths(axes, numbers):
         def velocity(z, t, f=f, network=network):
             return f.velocity(network(z, t), z, t)
         ts, track = timesteps_log_snr(200, f), []
-        z = torch.hypot(f.a(ts[:1]), f.b(ts[:1])) * noise
-        end = sample_dpmpp_2m(velocity, z, ts, lambda i, t, z, v, track=track: track.append(z), path=f)
+        end = sample_dpmpp_2m(velocity, f.start(noise), ts, lambda i, t, z, v, track=track: track.append(z), path=f)
         track = torch.stack([*track, end])
         conditional = torch.stack([f.interpolate(data[:24], noise, t) for t in ts])
         length = track.diff(dim=0).norm(dim=-1).sum() / (track[0] - end).norm(dim=-1).sum()

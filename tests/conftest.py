@@ -2,7 +2,6 @@
 
 import runpy
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,7 @@ import torch
 
 import checkpoint
 import data
-from mmdit import MMDiT
-from text_encoders import BPETokenizer, CLIPTextEncoder, T5Encoder, UnigramTokenizer
+from text_encoders import BPETokenizer, UnigramTokenizer
 from vae import AutoencoderKL
 
 ROOT = Path(__file__).parent.parent
@@ -51,9 +49,7 @@ def cli(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         capsys.readouterr()
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                runpy.run_path(str(ROOT / script), run_name="__main__")
+            runpy.run_path(str(ROOT / script), run_name="__main__")
             status = 0
         except SystemExit as error:
             status = error.code

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
+import checkpoint
 import data
 import evaluate
 from data import COLORS, HELD_OUT_PAIRS, HELD_OUT_WORDS, LEVELS, SHAPES, Scene, Shapes, Thing, render
@@ -252,12 +253,12 @@ def test_retrieval():
     assert evaluate.retrieval(torch.eye(11), torch.eye(11), ways=4) == 1                            # the last, incomplete group is left out
 
 
-def test_clip_features_and_fid_of_a_bundle(tiny):
+def test_clip_features_and_fid_of_a_bundle(tiny, tmp_path):
     """Through every module of a real bundle; its weights are random, so only the bounds are known."""
-    import checkpoint
     config = dict(resolution=32, patch_size=8, width=16, layers=1, heads=2, projection=20)
-    bundle = checkpoint.load_bundle(tiny)
-    checkpoint.save_part(tiny, "clip_image", CLIPImageEncoder(**config), config)
+    checkpoint.save_bundle(checkpoint.load_bundle(tiny), tmp_path)
+    checkpoint.save_part(tmp_path, "clip_image", CLIPImageEncoder(**config), config)
+    bundle = checkpoint.load_bundle(tmp_path)
     scores = evaluate.clip_and_fid(bundle, "lattice", n=64)
     assert scores.keys() == {"retrieval", "clip_score", "clip_score_real", "fid"}
     assert 0 <= scores["retrieval"] < 0.2 and abs(scores["clip_score"]) < 1 and scores["fid"] > 1e-3

@@ -1,0 +1,266 @@
+"""sample.py: generate(), the command line, and what it answers to bad input."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import checkpoint
+import data
+import evaluate
+from checkpoint import load_bundle
+from sample import SampleConfig, check_prompts, generate, grid
+from samplers import SAMPLERS
+
+A, B = "a red circle above a blue square", "three green stars"
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny):
+    return load_bundle(tiny)
+
+
+def differ(a, b):
+    return (a.int() - b.int()).abs().max().item()
+
+
+# ---- generate()
+
+def test_pictures_depend_on_prompt_and_seed_alone(bundle):
+    both = generate(bundle, [A, B], seed=5)
+    assert both.shape == (2, 32, 32, 3) and both.dtype == torch.uint8
+    assert both.equal(generate(bundle, [A, B], seed=5))
+    assert differ(both[1:], generate(bundle, [B], seed=6)) <= 1                   # picture i starts from seed + i, whatever is beside it
+    assert differ(both[:1], generate(bundle, [B], seed=5)) > 1 and differ(both[:1], generate(bundle, [A], seed=6)) > 1
+    other = load_bundle(bundle.folder)                                            # and not on what was drawn before
+    torch.randn(3)
+    assert both.equal(generate(other, [A, B], seed=5))
+
+
+@pytest.mark.parametrize("width, height", [(32, 32), (64, 32), (16, 48)])
+def test_sizes(bundle, width, height):
+    assert generate(bundle, [A], width=width, height=height).shape == (1, height, width, 3)
+
+
+@pytest.mark.parametrize("side", [0, -16, 8, 17, 100_000])
+def test_sizes_that_cannot_be_drawn(bundle, side):
+    for sides in ({"width": side}, {"height": side}):
+        with pytest.raises(ValueError, match=f"{list(sides)[0]} is {side} pixels; it must be a multiple of 16"):
+            generate(bundle, [A], **sides)
+
+
+def test_larger_than_the_positions(bundle):
+    with pytest.raises(ValueError, match="positions exist for 8 x 8"):
+        generate(bundle, [A], width=256)
+
+
+@pytest.mark.parametrize("change", [dict(steps=4), dict(cfg=4.0), dict(shift=3.0), dict(sampler="heun"), dict(negative_prompt=B), dict(encoders=("clip_l", "clip_g")),
+                                    dict(encoders=("t5",)), dict(encoders=())])
+def test_every_setting_changes_the_picture(bundle, change):
+    assert differ(generate(bundle, [A]), generate(bundle, [A], **change)) > 1
+
+
+def test_settings_default_to_the_bundles(bundle):
+    explicit = generate(bundle, [A], steps=3, cfg=2.0, shift=1.0, sampler="euler", width=32, height=32)
+    assert generate(bundle, [A]).equal(explicit)
+
+
+def test_guidance(bundle):
+    plain = generate(bundle, [A], cfg=1.0)
+    assert plain.equal(generate(bundle, [A], cfg=1.0, negative_prompt=B))         # scale 1 looks at the prompt alone
+    assert differ(plain, generate(bundle, [A], cfg=3.0, negative_prompt=A)) <= 1  # away from itself is nowhere
+    assert differ(generate(bundle, [A, B], cfg=0.0)[:1], generate(bundle, [B, A], cfg=0.0)[:1]) <= 1      # scale 0 looks at no prompt
+
+
+def test_missing_encoders_are_zeros(bundle, monkeypatch):
+    context, pooled = bundle.text.encode([A], ("t5",))
+    assert context.any() and not pooled.any()
+    used = generate(bundle, [A], encoders=("t5",))
+    monkeypatch.setattr(bundle.text, "encode", lambda prompts, use: (context, pooled))
+    assert used.equal(generate(bundle, [A]))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_is_deterministic_and_knows_its_path(bundle, sampler, monkeypatch):
+    monkeypatch.setitem(bundle.config, "formulation", "v/cos")
+    one = generate(bundle, [A], steps=60, sampler=sampler)
+    torch.manual_seed(1)
+    assert one.equal(generate(bundle, [A], steps=60, sampler=sampler))
+    if sampler not in ("sde", "euler"):                                           # all others come to what the finest Euler does
+        fine = generate(bundle, [A], steps=400)
+        assert (one.float() - fine.float()).abs().mean() < 2
+
+
+def test_callback_sees_the_data_estimate_at_every_step(bundle):
+    seen = []
+    image = generate(bundle, [A, B], steps=4, callback=lambda i, t, images: seen.append((i, t, images)))
+    assert [i for i, *_ in seen] == [0, 1, 2, 3] and [t for _, t, _ in seen] == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert all(images.shape == image.shape and images.dtype == torch.uint8 for *_, images in seen)
+    assert differ(seen[-1][2], image) <= 1                                        # Euler's last step lands on its estimate
+    assert generate(bundle, [A, B], steps=4).equal(image)
+
+
+@pytest.mark.parametrize("bad, reason", [(dict(sampler="eulr"), "unknown sampler 'eulr'; known: euler, "), (dict(steps=1001), "steps is 1001"), (dict(shift=-1.0), "shift -1.0"),
+                                         (dict(seed=2 ** 70), "at most 2"), (dict(encoders=("clip",)), "'clip' is no text encoder, known are clip_l"),
+                                         (dict(cfg=1e38), "left finite numbers")])
+def test_settings_that_cannot_be_used(bundle, bad, reason):
+    with pytest.raises(ValueError, match=reason):
+        generate(bundle, [A], **bad)
+
+
+def test_prompts_that_cannot_be_used():
+    for prompts, reason in (([], "no prompt"), (["x", " \n"], "prompt 2 is empty"), (["x" * 2001], "prompt 1 has 2001 characters; at most 2000")):
+        with pytest.raises(ValueError, match=reason):
+            check_prompts(prompts)
+    assert check_prompts(["x" * 2000]) == ["x" * 2000]
+
+
+def test_grid():
+    images = torch.stack([torch.full((4, 6, 3), i, dtype=torch.uint8) for i in range(5)])
+    assert grid(images[:1]).size == (6, 4) and grid(images).size == (3 * 6 + 4, 2 * 4 + 2) and grid(images, columns=1).size == (6, 5 * 4 + 4 * 2)
+    pixels = np.asarray(grid(images))
+    assert pixels[0, 0, 0] == 0 and pixels[0, 8, 0] == 1 and pixels[6, 0, 0] == 3 and pixels[5, 0, 0] == pixels[9, 21, 0] == 255
+
+
+# ---- the command line
+
+def test_png_carries_prompt_seed_and_settings(cli, tiny, tmp_path, bundle):
+    out = tmp_path / "out.png"
+    status, said, errors = cli("sample.py", "--prompt", A, "--prompt", B, "--seed", 7, "--weights", tiny, "--out", out, "--zoom", 2, "--cfg", 3)
+    assert (status, said, errors) == (0, [f"wrote {out}"], [])
+    image = Image.open(out)
+    assert image.size == (2 * (32 + 2 + 32), 64) and list(tmp_path.iterdir()) == [out]
+    assert image.text["prompt"] == f"{A}\n{B}" and image.text["seed"] == "7" and image.text["steps"] == "3" and float(image.text["cfg"]) == 3
+    assert (np.asarray(image)[::2, ::2][:, :32] == generate(bundle, [A, B], cfg=3.0, seed=7)[0].numpy()).all()
+
+
+def test_emoji_and_right_to_left_prompts(cli, tiny, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("דמות של עיגול אדום\n\n  دائرة حمراء 🔴👩‍👩‍👧‍👦\n\u202e🟦\n", encoding="utf-8")
+    out = tmp_path / "out.png"
+    assert cli("sample.py", "--prompt", "🔴 над 🟦", "--prompts-file", prompts, "--weights", tiny, "--out", out)[::2] == (0, [])
+    assert Image.open(out).text["prompt"] == "🔴 над 🟦\nדמות של עיגול אדום\nدائرة حمراء 🔴👩‍👩‍👧‍👦\n\u202e🟦" and Image.open(out).size == (66, 66)
+
+
+def test_num_trajectory_encoders_and_precision(cli, tiny, tmp_path):
+    out, gif = tmp_path / "out.png", tmp_path / "steps.gif"
+    status, _, errors = cli("sample.py", "--prompt", A, "--num", 3, "--trajectory", gif, "--encoders", "t5", "--dtype", "bf16", "--weights", tiny, "--out", out, "--width", 48)
+    assert (status, errors) == (0, []) and Image.open(out).size == (48 * 2 + 2, 32 * 2 + 2) and Image.open(gif).n_frames in (3, 4)       # Pillow joins frames that are alike
+    assert {*tmp_path.iterdir()} == {out, gif}
+
+
+def test_another_mmdit_of_the_same_architecture(cli, tiny, tmp_path, bundle):
+    other, out = tmp_path / "pretrain.ckpt", tmp_path / "out.png"
+    checkpoint.save_checkpoint(other, {"step": 1, "ema": {k: 0 * v for k, v in bundle.mmdit.state_dict().items()}})
+    assert cli("sample.py", "--prompt", A, "--weights", tiny, "--mmdit", other, "--out", out)[0] == 0
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))   # the velocity is zero: noise stays noise
+    assert np.abs(np.asarray(Image.open(out), float) - (bundle.vae.decode(noise)[0].permute(1, 2, 0).numpy() * 127.5 + 127.5).clip(0, 255)).max() <= 1
+
+
+@pytest.mark.parametrize("arguments, reason", [
+    ([], "no prompt"),
+    (["--prompt", ""], "prompt 1 is empty"),
+    (["--prompt", " \t "], "prompt 1 is empty"),
+    (["--prompt", "x" * 10_000], "prompt 1 has 10000 characters; at most 2000"),
+    (["--prompts-file", "absent.txt"], "absent.txt"),
+    (["--prompt", A, "--width", "0"], "width is 0 pixels; it must be a multiple of 16 between 16 and 4096"),
+    (["--prompt", A, "--height", "17"], "height is 17 pixels"),
+    (["--prompt", A, "--width", "100000"], "width is 100000 pixels"),
+    (["--prompt", A, "--width", "4096"], "positions exist for"),
+    (["--prompt", A, "--width", "wide"], "--width: invalid int value: 'wide'"),
+    (["--prompt", A, "--cfg", "nan"], "--cfg: invalid float value: 'nan'"),
+    (["--prompt", A, "--num", "0"], "--num is 0"),
+    (["--prompt", A, "--zoom", "0"], "--zoom is 0"),
+    (["--prompt", A, "--wdith", "64"], "unknown flag --wdith; did you mean --width?"),
+    (["--prompt", A, "--xyzzy=1"], "unknown flag --xyzzy"),
+    (["--prompt", A, "--dtype", "fp61"], "'fp61' is not one of fp32, bf16, fp16; did you mean fp16?"),
+    (["--prompt", A, "--encoders", "clip_l,t6"], "'t6' is no text encoder, known are clip_l, clip_g, t5"),
+    (["--prompt", A, "--sampler", "eular"], "unknown sampler 'eular'; known: euler"),
+    (["--prompt", A, "--device", "toaster"], "device 'toaster' cannot be used"),
+    (["--prompt", A, "--mmdit", "absent.ckpt"], "absent.ckpt is not there"),
+    (["--prompt", A, "--out", "absent/out.png"], "absent/out.png cannot be written: absent is no folder"),
+    (["--prompt", A, "--out", "."], "it is a folder"),
+    (["--prompt", A, "--out", "file/out.png"], "file/out.png cannot be written"),
+    (["--prompt", A, "--trajectory", "absent/x.gif"], "absent/x.gif cannot be written"),
+    (["--prompt", A, "--weights", "absent"], "absent is no bundle folder"),
+    (["--prompt", A, "--weights", "file"], "file is no bundle folder"),
+    (["--prompt", A, "--weights", "."], "config.json is not there")])
+def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, monkeypatch, arguments, reason):
+    monkeypatch.chdir(tmp_path)
+    for name in ("file", "out.png"):
+        (tmp_path / name).write_text("was here before")
+    assert reason in refused("sample.py", *([] if "--weights" in arguments else ["--weights", tiny]), *arguments)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(("file", "out.png"), "was here before")
+
+
+@pytest.mark.parametrize("part, damage, reason", [
+    ("mmdit.pt", lambda raw: raw[: len(raw) // 2], "mmdit.pt is no checkpoint of ours, or damaged"),
+    ("vae.pt", lambda raw: b"\x89PNG foreign", "vae.pt is no checkpoint of ours, or damaged"),
+    ("t5.pt", lambda raw: b"", "t5.pt is no checkpoint of ours, or damaged"),
+    ("clip_g.pt", None, "clip_g.pt is not there"),
+    ("mmdit.json", lambda raw: raw.replace(b'"depth": 1', b'"depth": 2'), "mmdit.pt is of another architecture"),
+    ("config.json", lambda raw: raw.replace(b"rf/", b"fr/"), "unknown formulation 'fr/lognorm(0.00,1.00)'"),
+    ("clip_tokenizer/vocab.json", lambda raw: raw[:100], "vocab.json is not a JSON file"),
+    ("t5_tokenizer/tokenizer.json", None, "tokenizer.json")])
+def test_damaged_weights_are_named_and_nothing_is_written(refused, bundle, tmp_path, part, damage, reason):
+    checkpoint.save_bundle(bundle, tmp_path / "bundle")
+    path = tmp_path / "bundle" / part
+    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
+    assert reason in refused("sample.py", "--prompt", A, "--weights", tmp_path / "bundle", "--out", tmp_path / "out.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_weights_of_another_model(refused, tiny, tmp_path):
+    checkpoint.save_checkpoint(tmp_path / "other.ckpt", {"weight": torch.ones(3)})
+    assert "other.ckpt is of another architecture" in refused("sample.py", "--prompt", A, "--weights", tiny, "--mmdit", tmp_path / "other.ckpt", "--out", tmp_path / "x.png")
+    checkpoint.save_checkpoint(tmp_path / "other.ckpt", [1, 2])
+    assert "other.ckpt holds no weights" in refused("sample.py", "--prompt", A, "--weights", tiny, "--mmdit", tmp_path / "other.ckpt", "--out", tmp_path / "x.png")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs a folder in which nobody can write")
+def test_a_folder_in_which_nobody_can_write(refused, tiny):
+    assert "/proc" in refused("sample.py", "--prompt", A, "--weights", tiny, "--out", "/proc/out.png")
+
+
+def test_help_is_grouped_and_shows_defaults(cli):
+    status, said, _ = cli("sample.py", "--help")
+    text = "\n".join(said)
+    assert status == 0 and all(f"{group}:" in text for group in ("text", "weights", "sampling", "picture", "machine")) and "(default: weights/mini)" in text and "[pixels]" in text
+    assert all(f"--{name.replace('_', '-')}" in text for name in SampleConfig.__dataclass_fields__)
+
+
+# ---- true processes
+
+def process(*arguments):
+    return subprocess.run([sys.executable, ROOT / "sample.py", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_process_that_is_refused(tmp_path):
+    run = process("--promt", A)
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", "sample.py: unknown flag --promt; did you mean --prompt?\n")
+
+
+def test_process_without_weights(tmp_path):
+    run = process("--prompt", A, "--weights", tmp_path / "absent", "--out", tmp_path / "out.png")
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", f"sample.py: {tmp_path}/absent is no bundle folder\n") and not list(tmp_path.iterdir())
+
+
+def test_process_that_samples(tiny, tmp_path):
+    run = process("--prompt", "🔴 مربع", "--weights", tiny, "--out", tmp_path / "out.png")
+    assert (run.returncode, run.stderr) == (0, "") and Image.open(tmp_path / "out.png").text["prompt"] == "🔴 مربع"
+
+
+@pytest.mark.skipif(not (ROOT / "weights" / "mini" / "mmdit.pt").exists(), reason="weights/mini is not there")
+def test_the_command_of_the_readme_draws_what_it_says(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert f'python sample.py --prompt "{A}"' in (ROOT / "README.md").read_text()
+    assert cli("sample.py", "--prompt", A, "--out", tmp_path / "out.png")[0] == 0
+    image = np.asarray(Image.open(tmp_path / "out.png"))
+    things = evaluate.detect(image)[1]
+    wanted = data.Thing("red", 0, 0, "circle"), data.Thing("blue", 0, 0, "square")
+    assert evaluate.judge(evaluate.Task("position", A, wanted, "above"), things) == (True, True), things

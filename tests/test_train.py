@@ -1,0 +1,370 @@
+"""train.py: every stage from nothing to a bundle, on `shapes` and on a folder; resuming; what it refuses; the loop's parts."""
+
+import inspect
+import itertools
+import json
+import re
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import checkpoint
+import train
+from config import parse_config
+from data import Shapes
+from sample import generate
+from train import DEFAULTS, TRAIN, TrainConfig
+
+TINY = TrainConfig(batch_size=4, steps=3, depth=1, text_width=32, resolution=32, latent_channels=4, chunk=8, reuse=2, workers=0, log_every=1, warmup=2)
+FLAGS = "--batch-size 4 --steps 2 --depth 1 --text-width 32 --resolution 32 --latent-channels 4 --chunk 8 --reuse 2 --workers 0".split()
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """run(stage=..., out=...) is train.py with tiny settings, and with less data for tokenizers and validation than an hour's training takes."""
+    first, geneval = train.first, train.evaluate.geneval
+    monkeypatch.setattr(train, "first", lambda dataset, n, cfg: first(dataset, min(n, 24), cfg))
+    monkeypatch.setattr(train.evaluate, "geneval", lambda bundle, n: geneval(bundle, 1))
+    for stage in DEFAULTS:
+        monkeypatch.setitem(DEFAULTS, stage, {**DEFAULTS[stage], "steps": 3, "batch_size": 4})
+
+    def main(**settings):
+        monkeypatch.setattr(train, "CONFIG", replace(TINY, **settings), raising=False)
+        train.main()
+    return main
+
+
+def rows(folder, stage):
+    return [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if row["stage"] == stage]
+
+
+def weights(folder, name="mmdit"):
+    return checkpoint.load_checkpoint(folder / f"{name}.pt")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- end to end
+
+def test_all_stages_on_shapes_give_a_bundle(run, cli, refused, tmp_path, capsys):
+    out = tmp_path / "mine"
+    run(stage="all", out=str(out))
+    for stage in TRAIN:
+        assert rows(out, stage)[-1] == {"stage": stage, "step": 3, "done": True} and (out / f"{stage}-loss.png").exists()
+        losses = [row for row in rows(out, stage) if "loss" in row]
+        assert [row["step"] for row in losses] == [1, 2, 3] and all(np.isfinite([row["loss"], row["grad_norm"]]).all() for row in losses)
+    assert "psnr" in rows(out, "vae")[-2] and {"retrieval_l", "retrieval_g"} <= rows(out, "clip")[-2].keys() and "val_loss" in rows(out, "t5")[-2]
+    last, bins = rows(out, "pretrain")[-2], [row["loss_bins"] for row in rows(out, "pretrain") if "loss_bins" in row]
+    assert len(last["val_levels"]) == 8 and last["val_loss"] == pytest.approx(np.mean(last["val_levels"][:-1])) and 0 <= last["overall"] <= 1
+    assert all(len(b) == 8 for b in bins) and any(value for b in bins for value in b)
+    assert Image.open(out / "grid-0000003.png").text["prompts"].count("\n") == 15
+    assert not [path for path in out.iterdir() if path.suffix == ".ckpt" or path.name.startswith(".")]
+
+    bundle = checkpoint.load_bundle(out)
+    latents = bundle.vae.to_latents(torch.rand(1, 3, 32, 32), sample=False)
+    assert latents.shape == (1, 4, 4, 4) and isinstance(bundle.vae.shift, list) and bundle.config["steps"] == 28
+    assert generate(bundle, ["a red circle"], steps=2).shape == (1, 32, 32, 3)
+    assert cli("sample.py", "--prompt", "a red circle", "--weights", out, "--out", tmp_path / "out.png")[0] == 0
+
+    before = contents(out)
+    for stage in ("all", "pretrain", "vae"):                                      # a finished run is not overwritten
+        with pytest.raises(ValueError, match="mine holds a run of stage (vae|pretrain): --resume goes on with it, another --out starts afresh"):
+            run(stage=stage, out=str(out), cfg=9.0)
+    capsys.readouterr()
+    run(stage="all", out=str(out), resume=True)
+    assert capsys.readouterr().out.count("is done") == 4 and contents(out) == before
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """12 captioned pictures of any size, one of which is no picture."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(12):
+        Image.effect_noise((20 + 7 * i, 60 - 3 * i), 10 * i).convert("RGB").save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(f"noise of strength {i}, façade 🟦")
+    (folder / "07.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_each_stage_by_its_command_on_a_folder(cli, pictures, tmp_path):
+    out = tmp_path / "mine"
+    for stage in TRAIN:
+        status, _, errors = cli("train.py", "--stage", stage, "--data", f"folder:{pictures}", "--out", out, *FLAGS)
+        assert status == 0, errors
+        named = [line for line in errors if "unreadable" in line]
+        assert len(named) == 1 and f"unreadable image 1, skipped: {pictures}/07.png (cannot identify image file" in named[0]
+    prompts = Image.open(out / "grid-0000002.png").text["prompts"].split("\n")
+    assert len(prompts) == 11 and "noise of strength 7, façade 🟦" not in prompts
+    assert cli("sample.py", "--prompt", prompts[0], "--weights", out, "--out", tmp_path / "out.png")[0] == 0
+
+
+def test_a_folder_of_unreadable_pictures(cli, pictures, tmp_path):
+    for path in pictures.glob("*.png"):
+        path.write_bytes(b"no picture")
+    status, _, errors = cli("train.py", "--stage", "vae", "--data", f"folder:{pictures}", "--out", tmp_path / "mine", *FLAGS)
+    assert status == 2 and "none of the 12 images can be read" in errors[-1] and len(errors) == 13 and not (tmp_path / "mine").exists()
+
+
+# ---- resuming
+
+def interrupt(monkeypatch, name, call, error):
+    """train.<name> raises `error` the `call`-th time."""
+    calls, function = itertools.count(1), getattr(train, name)
+
+    def wrapped(*arguments, **options):
+        if next(calls) == call:
+            raise error
+        return function(*arguments, **options)
+    monkeypatch.setattr(train, name, wrapped)
+
+
+@pytest.mark.parametrize("stage, name, part", [("vae", "vae_loss", "vae"), ("pretrain", "by_level", "mmdit")])
+def test_a_resumed_run_ends_as_an_undisturbed_one(run, tiny, tmp_path, monkeypatch, stage, name, part):
+    a, b, c = (tmp_path / letter for letter in "abc")
+    settings = dict(stage=stage, weights=str(tiny), steps=6)
+    run(out=str(a), **settings)
+    with monkeypatch.context() as patch:                                          # Ctrl-C
+        interrupt(patch, name, 4, KeyboardInterrupt)
+        with pytest.raises(SystemExit, match="stopped at step 3; the same command with --resume goes on"):
+            run(out=str(b), **settings)
+    with pytest.raises(ValueError, match="b holds a run of stage"):
+        run(out=str(b), **settings)
+    run(out=str(b), resume=True, **settings)
+    with monkeypatch.context() as patch:                                          # a crash, two steps after the last checkpoint
+        interrupt(patch, name, 6, RuntimeError)
+        with pytest.raises(RuntimeError):
+            run(out=str(c), eval_every=3, **settings)
+    with open(c / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "' + stage + '", "st')                              # in the middle of a line
+    run(out=str(c), resume=True, eval_every=3, **settings)
+    for other in (b, c):
+        assert same(weights(a, part), weights(other, part))
+        losses = [[(row["step"], row["loss"], row["grad_norm"]) for row in rows(folder, stage) if "loss" in row] for folder in (a, other)]
+        assert losses[0] == losses[1]
+
+
+# ---- refusals
+
+@pytest.mark.parametrize("arguments, reason", [
+    (["--data", "shape"], "unknown data 'shape'; known: shapes[:LEVEL], folder:DIR, fashion-mnist:DIR"),
+    (["--data", "shapes:hard"], "unknown level 'hard'"),
+    (["--data", "folder:absent"], "absent is no folder"),
+    (["--data", "folder:empty"], "empty holds no image with a caption"),
+    (["--data", "fashion-mnist:empty"], "is not there"),
+    (["--weights", "absent"], "absent is no bundle folder"),
+    (["--stage", "pretran"], "'pretran' is not one of vae, clip, t5, pretrain, all; did you mean pretrain?"),
+    (["--bacth-size", "4"], "unknown flag --bacth-size; did you mean --batch-size?"),
+    (["--resolution", "40"], "width is 40 pixels; it must be a multiple of 16"),
+    (["--formulation", "rf/lognrm"], "unknown formulation 'rf/lognrm'"),
+    (["--depth", "0"], "--depth is 0; the least is 1"), (["--steps", "-5"], "--steps is -5; the least is 1"),
+    (["--chunk", "1"], "--chunk is 1; the least is 4"), (["--weight-sets", "4"], "known are 1, 2, 3"),
+    (["--device", "toaster"], "device 'toaster' cannot be used")])
+def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, monkeypatch, arguments, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    flags = [*FLAGS, "--weights", tiny, *arguments]                               # the last of two wins
+    assert reason in refused("train.py", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"] and not list((tmp_path / "empty").iterdir())
+
+
+def test_checkpoints_that_cannot_be_resumed_from(run, tiny, tmp_path):
+    settings = dict(stage="pretrain", out=str(tmp_path), weights=str(tiny), resume=True)
+    path = tmp_path / "pretrain.ckpt"
+    for raw, reason in ((b"foreign", "pretrain.ckpt is no checkpoint of ours, or damaged"), (None, "pretrain.ckpt is no training checkpoint")):
+        path.write_bytes(raw) if raw else checkpoint.save_checkpoint(path, {"step": 1})
+        with pytest.raises(ValueError, match=reason):
+            run(**settings)
+    model = train.MMDiT(2, 4, context_dim=32, pooled_dim=20)
+    checkpoint.save_checkpoint(path, {"step": 1, "model": model.state_dict(), "ema": model.state_dict(), "optimizers": []})
+    with pytest.raises(ValueError, match="pretrain.ckpt is of another architecture"):
+        run(**settings)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(run, tiny, tmp_path):
+    with pytest.raises(ValueError, match="the pretrain loss is .* at step [12]"):
+        run(stage="pretrain", out=str(tmp_path / "mine"), weights=str(tiny), lr=1e30, warmup=1, clip_grad=1e30)
+    assert not (tmp_path / "mine" / "mmdit.pt").exists()
+
+
+# ---- the settings
+
+@pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
+def test_every_setting_is_used(name):
+    source = inspect.getsource(train).split("STAGES")[2]
+    assert re.search(rf"\bcfg\.{name}\b", source), f"--{name} is accepted and dropped"
+
+
+def test_settings_change_the_weights(run, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.evaluate, "validation_loss", lambda *arguments: [0.0] * 8)
+    monkeypatch.setattr(train.evaluate, "geneval", lambda *arguments: ({}, []))
+    monkeypatch.setattr(train, "generate", lambda bundle, prompts: torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
+
+    def batches(dataset, n, cfg, start):
+        images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(start))
+        return itertools.repeat((images, [f"{cfg.synthetic_share} star"] * 8, None))
+
+    monkeypatch.setattr(train, "batches", batches)
+
+    def trained(name, **change):
+        run(stage="pretrain", out=str(tmp_path / name), weights=str(tiny), **change)
+        return weights(tmp_path / name)
+
+    plain = trained("plain")
+    assert same(plain, trained("again"))
+    changes = dict(seed=1, lr=2e-3, muon_lr=0.01, warmup=1, decay=1.0, weight_decay=0.5, clip_grad=0.01, ema_decay=0.1, formulation="rf", shift=3.0, text_dropout=1.0,
+                   synthetic_share=1.0, reuse=1, qk_norm=False, weight_sets=3, batch_size=2, chunk=4, init_from=str(tmp_path / "plain"))
+    for name, value in changes.items():
+        assert not same(plain, trained(name, **{name: value})), name
+    assert checkpoint.read_json(tmp_path / "shift" / "config.json")["shift"] == 3.0 and checkpoint.read_json(tmp_path / "plain" / "config.json")["shift"] == TINY.shift
+
+
+def test_lr_factor():
+    cfg = replace(TINY, steps=100, warmup=10, decay=0.4)
+    factors = [train.lr_factor(step, cfg) for step in range(100)]
+    assert factors[0] == 0.1 and factors[9] == factors[60] == 1 and min(factors) > 0
+    assert np.allclose(np.diff(factors)[:9], 0.1) and np.allclose(np.diff(factors)[60:], -1 / 40) and factors[-1] == pytest.approx(1 / 40)
+    assert {train.lr_factor(step, replace(cfg, warmup=0, decay=0.0)) for step in range(100)} == {1.0}
+
+
+def test_defaults_and_flags_agree(run, tmp_path, monkeypatch):
+    """A flag wins over the stage's default; with stage all, steps are those of pretrain."""
+    seen = []
+    monkeypatch.setattr(train, "TRAIN", dict.fromkeys(TRAIN, seen.append))
+    monkeypatch.setattr(train.Run, "finish", lambda run: None)
+    run(stage="vae", out=str(tmp_path), steps=0, lr=5.0)
+    run(stage="all", out=str(tmp_path), steps=7)
+    assert (seen[0].steps, seen[0].lr, seen[0].muon_lr) == (3, 5.0, DEFAULTS["vae"]["muon_lr"])
+    assert [(cfg.stage, cfg.steps) for cfg in seen[1:]] == [("vae", 3), ("clip", 3), ("t5", 3), ("pretrain", 7)]
+
+
+# ---- data
+
+def test_shuffled_epochs():
+    order = list(itertools.islice(train.shuffled(0, 10, seed=3), 40))
+    epochs = [order[i:i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len({*map(tuple, epochs)}) == 4
+    for start in (0, 3, 10, 25):
+        assert list(itertools.islice(train.shuffled(start, 10, seed=3), 12)) == order[start:start + 12]
+    assert list(itertools.islice(train.shuffled(5, 2 ** 31, seed=3), 3)) == [5, 6, 7]
+
+
+def test_batches_do_not_depend_on_workers_or_on_where_they_start():
+    def some(start, n, workers):
+        return [(images, captions) for images, captions, _ in itertools.islice(train.batches(Shapes("all", 16, 16), 4, replace(TINY, workers=workers), start), n)]
+
+    plain = some(0, 4, 0)
+    assert plain[0][0].shape == (4, 3, 16, 16) and plain[0][0].min() >= -1 and plain[0][0].max() <= 1
+    for other in (some(0, 4, 2), plain[:2] + some(8, 2, 0)):
+        assert all(a.equal(b) and c == d for (a, c), (b, d) in zip(plain, other, strict=True))
+
+
+def test_encoded_batches_go_on_from_anywhere(tiny):
+    bundle, world, cfg = checkpoint.load_bundle(tiny), Shapes("all", 32, 32), replace(TINY, chunk=9)
+
+    def some(start, n, dataset=world):
+        return list(itertools.islice(train.encoded_batches(dataset, bundle, cfg, start), n))
+
+    plain = some(0, 7)                                                            # chunks of 8 samples, each seen twice: 4 batches
+    assert [tuple(map(len, batch)) for batch in plain] == [(4, 4, 4)] * 7
+    for start in (1, 2, 5):
+        assert all(a.equal(b) for x, y in zip(plain[start:], some(4 * start, 7 - start), strict=True) for a, b in zip(x, y))
+    texts = [(context, pooled) for _, context, pooled in plain[:4]]
+    latents = torch.cat([x for x, *_ in plain[:2]]), torch.cat([x for x, *_ in plain[2:4]])
+    assert not latents[0].equal(latents[1]) and texts[0][0].dtype == torch.float32
+
+
+def test_encoded_batches_are_full_though_pictures_cannot_be_read(tiny, pictures):
+    dataset = train.open_data(f"folder:{pictures}", 32, 32)
+    batches = itertools.islice(train.encoded_batches(dataset, checkpoint.load_bundle(tiny), replace(TINY, chunk=400, batch_size=200), 0), 6)
+    assert [len(latents) for latents, *_ in batches] == [200] * 6
+
+
+def test_encoded_text_belongs_to_its_picture(tiny):
+    """Latents and text of a sample, encoded alone, are found side by side."""
+    bundle, world = checkpoint.load_bundle(tiny), Shapes("all", 32, 32)
+    latents, context, pooled, text = train.encoded(world, bundle, TINY, 0, 8)
+    images, captions, _ = next(train.batches(world, 8, TINY))
+    alone = bundle.text.encode(captions)
+    torch.testing.assert_close(latents[:8], bundle.vae.to_latents(images, sample=False), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(context[text[:8]].float(), alone[0], atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(pooled[text[:8]].float(), alone[1], atol=5e-3, rtol=5e-3)
+
+
+# ---- the loop
+
+def test_by_level():
+    t = torch.tensor([0.0, 0.1, 0.13, 0.5, 0.99, 1.0])
+    assert train.by_level(torch.tensor([1.0, 3, 5, 7, 2, 4]), t) == [2.0, 5.0, None, None, 7.0, None, None, 3.0]
+
+
+def test_mean_of_rows():
+    assert train.mean_of([{"a": 1.0, "b": [1.0, None, None]}, {"a": 2.0, "b": [3.0, 5.0, None]}]) == {"a": 1.5, "b": [2.0, 5.0, None]}
+
+
+def fitted(folder, steps, record=None, **settings):
+    """train.fit on a linear module; `record` collects its weights at the beginning of each step."""
+    cfg = replace(TINY, stage="vae", out=str(folder), steps=steps, warmup=1, decay=0.0, lr=0.1, muon_lr=-1.0, **settings)
+    torch.manual_seed(0)
+
+    def loss_of(module, batch, generator):
+        if record is not None:
+            record.append(module.weight.detach().clone())
+        return (module(batch) + torch.randn(4, 1, generator=generator)).square().mean(), {}
+
+    def batches(start):
+        return (torch.randn(4, 3, generator=torch.Generator().manual_seed(s)) for s in itertools.count(start, 4))
+
+    return train.fit(cfg, torch.nn.Linear(3, 1), batches, loss_of, lambda module, step: {})
+
+
+def test_the_returned_weights_are_the_average(tmp_path):
+    record = []
+    fitted(tmp_path / "a", 9, record, ema_decay=0.6)
+    average = record[0]
+    for step, w in enumerate(record[1:], 1):                                      # the weights after `step` steps
+        decay = min(0.6, (step + 1) / (step + 10))
+        average = decay * average + (1 - decay) * w
+    torch.testing.assert_close(fitted(tmp_path / "b", 8, ema_decay=0.6).weight, average)
+
+
+def test_gradients_are_clipped(tmp_path):
+    fitted(tmp_path, 3, clip_grad=1e-12)
+    norms = [row["grad_norm"] for row in rows(tmp_path, "vae") if "grad_norm" in row]
+    assert len(norms) == 3 and min(norms) > 0.1                                   # what is logged is the norm before
+
+
+def test_muon_takes_hidden_weights_and_adamw_the_rest():
+    vae = train.AutoencoderKL(4, channels=8, multipliers=(1, 2), blocks=1, unshuffle=4, attention=False, groups=4)
+    muon, adamw = train.make_optimizers(vae, replace(TINY, lr=1e-3, muon_lr=0.02))
+    names = {id(p): name for name, p in vae.named_parameters()}
+    hidden = {names[id(p)] for p in muon.kernels}
+    rest = {names[id(p)] for p in adamw.param_groups[0]["params"]}
+    assert hidden | rest == {*names.values()} and not hidden & rest
+    assert all(name.endswith("weight") and "conv_in" not in name and "conv_out" not in name for name in hidden) and "encoder.down.0.block.0.conv1.weight" in hidden
+    before = {name: p.detach().clone() for name, p in vae.named_parameters()}
+    vae.decode(vae.to_latents(torch.rand(2, 3, 32, 32), sample=False)).square().mean().backward()
+    for optimizer in (muon, adamw):
+        optimizer.step()
+    assert all(not before[name].equal(p) for name, p in vae.named_parameters() if p.grad.any())       # Muon's steps reach the kernels themselves
+    assert len(train.make_optimizers(vae, replace(TINY, lr=1e-3, muon_lr=-1.0))) == 1
+
+
+def test_readme_commands_parse():
+    """Every `python train.py ...` that the README and train.py itself show is a command line that is understood."""
+    commands = re.findall(r"python train\.py([^\n#`]*)", (ROOT / "README.md").read_text() + inspect.getsource(train))
+    assert len(commands) >= 4
+    for command in commands:
+        if "--help" in command:
+            continue
+        parse_config(TrainConfig, command.replace("SPEC", "shapes").split())
