@@ -80,6 +80,29 @@ def check_device(name):
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
+def guided_velocity(bundle, prompts, cfg, negative_prompt="", encoders=("clip_l", "clip_g", "t5"), dtype=torch.float32):
+    """velocity(z, t) of the bundle's MM-DiT for the prompts under guidance, text and no text in one batch."""
+    form, device = formulation(bundle.config["formulation"]), next(bundle.mmdit.parameters()).device
+    context, pooled = (x.to(device, dtype) for x in bundle.text.encode(prompts, encoders))
+    null_context, null_pooled = torch.zeros_like(context), torch.zeros_like(pooled)  # as in training (Sec. 5.1)
+    if negative_prompt:
+        null_context, null_pooled = (x.to(device, dtype).expand_as(y) for x, y in zip(bundle.text.encode([negative_prompt], encoders), (context, pooled)))
+
+    def field(context, pooled):
+        def velocity(z, t):
+            return form.velocity(bundle.mmdit(form.input(z, t).to(dtype), t, context, pooled).float(), z, t)
+        return velocity
+
+    return guided(field(context, pooled), None, cfg, joint=field(torch.cat([context, null_context]), torch.cat([pooled, null_pooled])))
+
+
+def initial_noise(bundle, n, seed, width, height):
+    """(n, C, height / 8, width / 8), row i from the seed + i alone."""
+    size = 1, bundle.mmdit.x_embedder.proj.in_channels, height // 8, width // 8
+    noise = torch.cat([torch.randn(size, generator=torch.Generator().manual_seed(seed + i)) for i in range(n)])
+    return noise.to(next(bundle.mmdit.parameters()).device)
+
+
 @torch.inference_mode()
 def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, sampler="", seed=0, width=None, height=None,
              encoders=("clip_l", "clip_g", "t5"), callback=None, dtype=torch.float32):
@@ -99,28 +122,14 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
     if not 1 <= steps <= 1000 or not 0 < shift <= 100:
         raise ValueError(f"steps is {steps} and shift {shift}; steps must be in 1..1000, shift above 0 and at most 100")
 
-    form, device = formulation(defaults["formulation"]), next(bundle.mmdit.parameters()).device
-    context, pooled = (x.to(device) for x in bundle.text.encode(prompts, encoders))
-    if negative_prompt:
-        null_context, null_pooled = (x.to(device).expand_as(y) for x, y in zip(bundle.text.encode([negative_prompt], encoders), (context, pooled)))
-    else:
-        null_context, null_pooled = torch.zeros_like(context), torch.zeros_like(pooled)  # as in training (Sec. 5.1)
-
-    def field(context, pooled):
-        def velocity(z, t):
-            out = bundle.mmdit(form.input(z, t).to(dtype), t, context.to(dtype), pooled.to(dtype)).float()
-            return form.velocity(out, z, t)
-        return velocity
-
-    ts = timesteps(steps, shift, form.t_max, form.t_min).to(device)
-    shape = len(prompts), bundle.mmdit.x_embedder.proj.in_channels, height // 8, width // 8
-    z = torch.cat([torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(seed + i)) for i in range(shape[0])]).to(device)
-    both = field(torch.cat([context, null_context]), torch.cat([pooled, null_pooled]))
-    velocity = guided(field(context, pooled), None, cfg, joint=both)
+    form = formulation(defaults["formulation"])
+    z = form.start(initial_noise(bundle, len(prompts), seed, width, height))
+    ts = timesteps(steps, shift, form.t_max, form.t_min).to(z.device)
+    velocity = guided_velocity(bundle, prompts, cfg, negative_prompt, encoders, dtype)
     preview = callback and (lambda i, t, z, v: callback(i, float(t), to_uint8(bundle.vae.decode(parts(v, z, t, form)[0]))))
     options = {"path": form, "generator": torch.Generator().manual_seed(seed)}  # for the samplers that take them
     options = {k: v for k, v in options.items() if k in inspect.signature(SAMPLERS[sampler]).parameters}
-    z = SAMPLERS[sampler](velocity, form.start(z), ts, callback=preview, **options)
+    z = SAMPLERS[sampler](velocity, z, ts, callback=preview, **options)
     if not z.isfinite().all():
         raise ValueError(f"the sampler left finite numbers (guidance {cfg}, shift {shift}): no picture is written")
     return to_uint8(bundle.vae.decode(z))
