@@ -139,11 +139,15 @@ def shows(scene, background, things, tolerance=0.2):
     return not left and background == scene.background
 
 
-def apart(mask, distance):
-    """The things of one component: neighbours whose antialiased rims meet are cut where they cover less than half of a pixel."""
-    parts = components(mask & (distance > 0.55 * np.quantile(distance[mask], 0.9)))
-    large = [part for part in parts if part.sum() > 0.2 * mask.sum()]
-    return large if len(large) > 1 else [mask]
+def apart(mask, distance, cell):
+    """The things of one component. One wider or higher than any shape is cut where blurred rims meet: where little of a pixel is covered."""
+    extent = max(np.ptp(axis) + 1 for axis in np.nonzero(mask))
+    for share in (0.5, 0.65, 0.8) if extent > 1.1 * cell else ():
+        parts = components(mask & (distance > share * np.quantile(distance[mask], 0.9)))
+        parts = [part for part in parts if part.sum() > 0.2 * mask.sum()]  # not the counters of a sign's letters
+        if len(parts) > 1:
+            return parts
+    return [mask]
 
 
 def components(mask):

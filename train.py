@@ -65,7 +65,7 @@ class TrainConfig:
 DEFAULTS = {"vae": dict(steps=8000, batch_size=16, lr=1e-3, muon_lr=0.02),
             "clip": dict(steps=800, batch_size=128, lr=1e-3, muon_lr=-1.0),
             "t5": dict(steps=1000, batch_size=32, lr=1e-3, muon_lr=-1.0),
-            "pretrain": dict(steps=18000, batch_size=64, lr=1e-3, muon_lr=-1.0)}
+            "pretrain": dict(steps=12000, batch_size=64, lr=1e-3, muon_lr=-1.0)}
 
 if __name__ == "__main__":
     CONFIG = parse_config(TrainConfig, description=__doc__)  # before the heavy imports: --help answers at once
