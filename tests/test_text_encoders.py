@@ -28,7 +28,8 @@ CLIP_G = {"width": 1280, "layers": 32, "heads": 20, "mlp": 5120, "activation": "
 PROMPTS = [
     "", " ", "a", "A Red circle, above a BLUE square!", "it's we'll they've I'm he'd you're don't", "rock'n'roll 'tis '90s", "100% of 3.14159 or 1,000,000 -- ok?",
     "café naïve Ångström ﬁancé e\u0301te\u0301", "ΟΔΥΣΣΕΥΣ İstanbul Straße ǅ", "北京的红色圆圈 これは赤い丸です 빨간 원", "дом на холме", "שלום עולם مرحبا بالعالم", "a 🐈‍⬛ and 👩‍👩‍👧‍👦 🇩🇪",
-    "x² ½ Ⅷ ①", "zero\u200bwidth soft\u00adhyphen nbsp\u00a0here\u3000wide", "line\nbreak\ttab\r\nend\x0b\x0c\x1c\x1f\x85", "<|startoftext|>hi<|ENDOFTEXT|> <|endoftext|>!", "a </s> b<pad><extra_id_0>",
+    "x² ½ Ⅷ ①", "zero\u200bwidth soft\u00adhyphen nbsp\u00a0here\u3000wide", "line\nbreak\ttab\r\nend\x0b\x0c\x1c\x1f\x85", "<|startoftext|>hi<|ENDOFTEXT|> <|endoftext|>!",
+    "a </s> b<pad><extra_id_0>",
     "▁ underscore_ ▁▁x", "oil painting, (masterpiece:1.2), [8k], trending on artstation --ar 16:9", "https://example.com/a?b=c&d=e#f @user #tag", "..........", "“quoted” – dash — … !!!1",
     "pneumonoultramicroscopicsilicovolcanoconiosis", "a photo of a " + "very " * 200 + "big dog", "x" * 10_000]
 

@@ -293,7 +293,7 @@ def test_encoded_batches_are_full_though_pictures_cannot_be_read(tiny, pictures)
 def test_encoded_text_belongs_to_its_picture(tiny):
     """Latents and text of a sample, encoded alone, are found side by side."""
     bundle, world = checkpoint.load_bundle(tiny), Shapes("all", 32, 32)
-    latents, context, pooled, text = train.encoded(world, bundle, TINY, 0, 8)
+    latents, context, pooled, text = train.encoded(world, bundle, replace(TINY, precision="fp32"), 0, 8)
     images, captions, _ = next(train.batches(world, 8, TINY))
     alone = bundle.text.encode(captions)
     torch.testing.assert_close(latents[:8], bundle.vae.to_latents(images, sample=False), atol=1e-4, rtol=1e-4)
