@@ -143,8 +143,7 @@ class Bundle:
 
     @cached_property
     def text(self):
-        sizes = {name: read_json(self.folder / f"{name}.json") for name in ("clip_l", "clip_g", "t5")}
-        parts = {name: load_part(self.folder, name, self.device) for name in sizes}
+        parts = {name: load_part(self.folder, name, self.device) for name in ("clip_l", "clip_g", "t5")}
         return text_encoders(self.folder, self.config, parts)
 
 

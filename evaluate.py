@@ -20,7 +20,7 @@ from torch import nn
 import checkpoint
 import data
 from config import flag, one_line_errors, parse_config
-from sample import generate, grid, save_png, to_uint8
+from sample import from_uint8, generate, grid, save_png, to_uint8
 from text_encoders import CLIPLayer
 from vae import psnr
 
@@ -382,7 +382,7 @@ def held_out(level, n, resolution):
     world = data.Shapes(level, resolution, resolution, split="val")
     scenes = [world.scene(i)[0] for i in range(n)]
     images = np.stack([data.render(scene, resolution, resolution) for scene in scenes])
-    return scenes, torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, [data.synthetic_caption(scene) for scene in scenes]
+    return scenes, from_uint8(torch.from_numpy(images)), [data.synthetic_caption(scene) for scene in scenes]
 
 
 @torch.inference_mode()
@@ -409,7 +409,7 @@ def clip_and_fid(bundle, level, n=512, seed=0):
     _, images, captions = held_out(level, n, bundle.config["resolution"])
     real, text = clip_features(bundle, images, captions)
     samples = torch.cat([generate(bundle, captions[i:i + 128], seed=seed + i) for i in range(0, n, 128)])
-    fake, _ = clip_features(bundle, samples.permute(0, 3, 1, 2).float() / 127.5 - 1, captions)
+    fake, _ = clip_features(bundle, from_uint8(samples), captions)
     return {"retrieval": retrieval(real, text), "clip_score": clip_score(fake, text), "clip_score_real": clip_score(real, text),
             "fid": frechet_distance(real, fake)}
 

@@ -140,6 +140,11 @@ def to_uint8(images):
     return (images.permute(0, 2, 3, 1) * 127.5 + 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
+def from_uint8(images):
+    """The inverse: uint8 (B, H, W, 3) -> (B, 3, H, W) in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def grid(images, columns=0, gap=2):
     """uint8 (B, H, W, 3) -> one PIL image, `columns` a row (0: about square)."""
     b, h, w, _ = images.shape

@@ -5,7 +5,7 @@
     python train.py --stage all --data folder:pictures --out runs/mine
     python train.py --stage pretrain --out runs/mine --resume   # go on where it stopped
 
-A run folder is a bundle that sample.py --weights takes, with metrics.jsonl, loss.png, sample grids and, until the stage is done,
+A run folder is a bundle that sample.py --weights takes, with metrics.jsonl, STAGE-loss.png, sample grids and, until the stage is done,
 a checkpoint to resume from. Step k's samples, noise and times depend on the seed and k alone.
 """
 
@@ -89,7 +89,7 @@ import evaluate
 from data import Sample, open_data
 from flow import formulation, shift
 from mmdit import MMDiT
-from sample import check_device, check_size, generate, grid, save_png
+from sample import check_device, check_size, from_uint8, generate, grid, save_png, to_uint8
 from text_encoders import (BPETokenizer, CLIPTextEncoder, T5Denoiser, T5Encoder, UnigramTokenizer, contrastive_loss,
                            span_corruption)
 from vae import AutoencoderKL, psnr, vae_loss
@@ -150,7 +150,7 @@ def pieces(items, size):
 
 def to_tensor(samples):
     """Samples -> (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return from_uint8(torch.from_numpy(np.stack([s.image for s in samples])))
 
 
 def first(dataset, n, cfg):
@@ -197,7 +197,7 @@ def lr_factor(step, cfg):
 
 
 class Run:
-    """The files of a stage in a run folder: metrics.jsonl, loss.png and the checkpoint."""
+    """The files of a stage in a run folder: metrics.jsonl, STAGE-loss.png and the checkpoint."""
 
     def __init__(self, cfg):
         self.cfg, self.folder = cfg, Path(cfg.out)
@@ -236,7 +236,7 @@ class Run:
             file.write(json.dumps({"stage": self.cfg.stage, "step": step, **values}) + "\n")
 
     def plot(self):
-        """loss.png: the training loss and every validation figure over the steps of this stage."""
+        """STAGE-loss.png: the training loss and every validation figure over the steps of this stage."""
         rows = [row for row in self.rows() if row["stage"] == self.cfg.stage]
         names = sorted({k for row in rows for k, v in row.items() if isinstance(v, float) and k not in ("lr", "rate", "grad_norm")})
         matplotlib.use("Agg")
@@ -346,7 +346,7 @@ def train_vae(cfg):
     def validate(vae, step):
         recon = vae.decode(vae.to_latents(images, sample=False)).clamp(-1, 1)
         pairs = torch.stack([images[:24], recon[:24]], 1).flatten(0, 1)
-        save_png(grid(((pairs + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu(), columns=8), Path(cfg.out) / "vae.png", {"step": step})
+        save_png(grid(to_uint8(pairs), columns=8), Path(cfg.out) / "vae.png", {"step": step})
         return {"psnr": psnr(recon, images).mean().item()}
 
     vae = fit(cfg, vae, lambda start: batches(dataset, cfg.batch_size, cfg, start), loss_of, validate)
@@ -497,6 +497,7 @@ def train_mmdit(cfg):
         checkpoint.load_strictly(model, checkpoint.load_checkpoint(Path(cfg.init_from) / "mmdit.pt"), cfg.init_from)
 
     network = torch.compile(model) if cfg.compile else model
+
     def loss_of(_, batch, generator):
         latents, context, pooled = (x.to(cfg.device) for x in batch)
         context, pooled = bundle.text.drop(context, pooled, cfg.text_dropout, generator)
