@@ -2,14 +2,14 @@
 
 `shapes` is the miniature's world, drawn from a scene description at any size: its pictures never run out, and
 what a caption says can be checked by a program (evaluate.py). `folder:DIR` and `fashion-mnist:DIR` are real pictures.
-Every data set here is indexed: `dataset[i]` -> Sample, a function of the seed and i alone.
+Every data set here is indexed: `dataset[i]` -> Sample and `dataset.captions(i)` -> its (original, synthetic), functions of the seed and i alone.
 """
 
 import gzip
 import json
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ BACKGROUNDS = {"white": (250, 250, 250), "gray": (150, 150, 150), "black": (25, 
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LEVELS = ("lattice", "sizes", "jitter", "free")
-RADII = {"small": 0.36, "medium": 0.45, "large": 0.48}
+RADII = {"small": 0.35, "medium": 0.42, "large": 0.46}
 NUMBERS = ("zero", "a", "two", "three", "four")
 
 # Never drawn in training, so that generalisation can be measured. Each shape and each color lacks one partner.
@@ -71,7 +71,7 @@ def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False):
             if (pair in HELD_OUT_PAIRS) == held_out:
                 return pair
 
-    kind = rng.choice(["single", "group", "pair", "several", "sign"], p=[0.22, 0.22, 0.34, 0.12, 0.10])
+    kind = rng.choice(["single", "group", "pair", "several", "sign"], p=[0.18, 0.22, 0.38, 0.10, 0.12])
     pairs = {"single": lambda: [attributes()],
              "group": lambda: [attributes()] * rng.integers(2, 5),
              "pair": lambda: distinct(attributes, 2),
@@ -136,6 +136,33 @@ def touching(a, b, gap=0.09):
     return abs(a.x - b.x) < a.half[0] + b.half[0] + gap and abs(a.y - b.y) < a.half[1] + b.half[1] + gap
 
 
+def twin(rng, scene):
+    """A scene that differs in one respect: two things exchange places or colors, a group loses one, a single thing or word is another.
+    What it shares with the scene is the bag of words, or nearly: a hard negative for CLIP (Yuksekgonul et al. 2023)."""
+    things = list(scene.things)
+    shapes = [k for k, t in enumerate(things) if t.shape]
+    kinds = {(things[k].shape, things[k].color) for k in shapes}
+    if len(kinds) > 1:
+        i, j = distinct(lambda: shapes[rng.integers(len(shapes))], 2)
+        a, b = things[i], things[j]
+        recolored = replace(a, color=b.color), replace(b, color=a.color)
+        exchanged = replace(a, shape=b.shape, color=b.color), replace(b, shape=a.shape, color=a.color)
+        allowed = a.color != b.color and not any((t.shape, t.color) in HELD_OUT_PAIRS for t in recolored)
+        things[i], things[j] = recolored if allowed and rng.random() < 0.5 else exchanged
+    elif len(shapes) > 1:
+        things.pop()
+    else:
+        t = things[0]
+        things[0] = replace(t, word="".join(rng.permutation(list(t.word)))) if t.word else replace(t, color=other_color(rng, t))
+        if things[0].word in HELD_OUT_WORDS:
+            things[0] = t
+    return replace(scene, things=tuple(things))
+
+
+def other_color(rng, thing):
+    return list(COLORS)[rng.choice([k for k, color in enumerate(COLORS) if color != thing.color and (thing.shape, color) not in HELD_OUT_PAIRS])]
+
+
 def relation(a, b):
     """The word between a and b ('left of', 'right of', 'above', 'below') along the larger offset; None on a diagonal."""
     dx, dy = b.x - a.x, b.y - a.y
@@ -150,7 +177,7 @@ def relation(a, b):
 # Drawing
 
 _angles = np.linspace(0, 2 * np.pi, 41)[:-1]
-_star = np.where(np.arange(10) % 2, 0.5, 1.12)
+_star = np.where(np.arange(10) % 2, 0.5, 1.08)
 OUTLINES = {  # unit radius, y down
     "square": [(-.86, -.86), (.86, -.86), (.86, .86), (-.86, .86)],
     "triangle": [(0, -1), (1, .85), (-1, .85)],
@@ -224,12 +251,12 @@ def named(thing, color=True):
 
 def original_caption(scene, rng):
     """Colors may be left out and the background mostly is, but never an object."""
-    things, color = scene.things, rng.random() < 0.7
+    things, color = scene.things, rng.random() < 0.5
     if len(things) > 1 and len({(t.shape, t.color, t.word) for t in things}) == 1:
         text = f"{NUMBERS[len(things)]} {things[0].color + ' ' if color else ''}{plural(things[0].shape)}"
     else:
         order = [things[k] for k in rng.permutation(len(things))]
-        word = relation(*order) if len(order) == 2 and rng.random() < 0.6 else None
+        word = relation(*order) if len(order) == 2 and rng.random() < 0.75 else None
         names = [named(t, color) for t in order]
         text = f" {word} ".join(names) if word else listing(names)
     return text + (f" on {scene.background}" if rng.random() < 0.15 else "")
@@ -269,6 +296,8 @@ class Shapes:
     """The world above: as many scenes as one asks for, of one level or (`all`) of each in turn. No scene of another split
     is drawn from the same random numbers."""
 
+    twins = False  # every scene at an odd index is the twin of the one before
+
     def __init__(self, level="lattice", width=64, height=64, split="train", seed=0):
         if level not in LEVELS + ("all",):
             raise ValueError(f"unknown level {level!r} of shapes; known: {', '.join(LEVELS)}, all")
@@ -279,9 +308,17 @@ class Shapes:
         return 2 ** 31
 
     def scene(self, index):
+        if self.twins and index % 2:
+            scene, rng = self.scene(index - 1)
+            return twin(rng, scene), rng
         rng = np.random.default_rng((*self.seed, index))
-        level = self.levels[index % len(self.levels)]
+        level = self.levels[(index // 2 if self.twins else index) % len(self.levels)]
         return random_scene(rng, level, *cells(self.width, self.height), held_out=self.seed[1] == 2), rng
+
+    def captions(self, index):
+        """(original, synthetic), without drawing."""
+        scene, rng = self.scene(index)
+        return original_caption(scene, rng), synthetic_caption(scene)
 
     def __getitem__(self, index):
         scene, rng = self.scene(index)
@@ -333,6 +370,9 @@ class Folder:
     def __len__(self):
         return len(self.items)
 
+    def captions(self, index):
+        return self.items[index][1], ""
+
     def __getitem__(self, index):
         path, text = self.items[index]
         try:
@@ -380,10 +420,12 @@ class FashionMNIST:
     def __len__(self):
         return len(self.images)
 
+    def captions(self, index):
+        name = np.random.default_rng((self.seed, index)).choice(self.NAMES[self.labels[index]])
+        return f"a photo of {article(str(name))}", ""
+
     def __getitem__(self, index):
-        rng = np.random.default_rng((self.seed, index))
-        name = rng.choice(self.NAMES[self.labels[index]])
-        return Sample(fit(Image.fromarray(self.images[index]), self.width, self.height), f"a photo of {article(str(name))}")
+        return Sample(fit(Image.fromarray(self.images[index]), self.width, self.height), *self.captions(index))
 
 
 SOURCES = {"shapes": Shapes, "folder": Folder, "fashion-mnist": FashionMNIST}

@@ -55,16 +55,16 @@ class TrainConfig:
     eval_every: int = flag(2000, "steps between validations, grids and checkpoints", "log")
     log_every: int = flag(50, "steps between lines of metrics.jsonl", "log")
     device: str = flag("cpu", "cpu, cuda, mps", "machine")
-    precision: str = flag("auto", "of the MM-DiT's activations, weights stay fp32; auto: bf16 on GPUs and on CPUs that multiply in it", "machine",
+    precision: str = flag("auto", "of the activations in training, weights stay fp32; auto: bf16 on GPUs and on CPUs that multiply in it", "machine",
                           choices=("auto", "fp32", "bf16"))
     compile: bool = flag(False, "torch.compile the MM-DiT; needs a C++ compiler on CPUs", "machine")
     threads: int = flag(0, "CPU threads; 0: torch's choice", "machine")
 
 
 # What a stage of the miniature takes unless a flag says otherwise; measured on 2 cores (README).
-DEFAULTS = {"vae": dict(steps=8000, batch_size=16, lr=1e-3, muon_lr=0.02),
-            "clip": dict(steps=800, batch_size=128, lr=1e-3, muon_lr=-1.0),
-            "t5": dict(steps=1000, batch_size=32, lr=1e-3, muon_lr=-1.0),
+DEFAULTS = {"vae": dict(steps=12000, batch_size=16, lr=1e-3, muon_lr=0.02),
+            "clip": dict(steps=1200, batch_size=128, lr=1e-3, muon_lr=-1.0),
+            "t5": dict(steps=5000, batch_size=32, lr=1e-3, muon_lr=-1.0),
             "pretrain": dict(steps=12000, batch_size=64, lr=1e-3, muon_lr=-1.0)}
 
 if __name__ == "__main__":
@@ -153,6 +153,28 @@ def to_tensor(samples):
     return from_uint8(torch.from_numpy(np.stack([s.image for s in samples])))
 
 
+class Captions:
+    """item -> its (original, synthetic) captions, for the worker processes."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, item):
+        return self.dataset.captions(item)
+
+
+def caption_batches(dataset, batch_size, cfg, start=0):
+    """Yields lists of (original, synthetic) captions: `batches` without pictures."""
+    order = shuffled(start, len(dataset), cfg.seed)
+    items = (list(itertools.islice(order, batch_size)) for _ in itertools.count())
+    yield from DataLoader(Captions(dataset), batch_sampler=items, num_workers=cfg.workers, collate_fn=list)
+
+
+def all_captions(dataset, n=20000):
+    """Every caption of the first n samples at most, to train tokenizers on."""
+    return [text for i in range(min(n, len(dataset))) for text in dataset.captions(i) if text]
+
+
 def first(dataset, n, cfg):
     """The first n samples at most, as `batches` yields them: for validation."""
     return next(batches(dataset, min(n, len(dataset)), replace(cfg, workers=0)))
@@ -188,6 +210,13 @@ def make_optimizers(module, cfg):
     others = [p for p in parameters.values() if not any(p is h for h in hidden)]
     adamw = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-15, weight_decay=cfg.weight_decay, fused=True)  # eps: Sec. 5.3.2
     return [MuonConv(hidden, lr=cfg.muon_lr, weight_decay=0.0), adamw] if hidden else [adamw]
+
+
+def autocast(cfg):
+    """bf16 where asked for; auto: where it pays. CPUs with AVX512-BF16 or AMX multiply matrices 4 times as fast in bf16, others more slowly."""
+    kind = cfg.device.split(":")[0]
+    pays = kind == "cuda" or kind == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.autocast(kind, torch.bfloat16, enabled=cfg.precision == "bf16" or cfg.precision == "auto" and pays)
 
 
 def lr_factor(step, cfg):
@@ -289,7 +318,8 @@ def fit(cfg, module, data, loss_of, validate):
             for optimizer, rate in zip(optimizers, base_rates):
                 optimizer.param_groups[0]["lr"] = rate * lr_factor(step, cfg)
             generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-            loss, values = loss_of(module, batch, generator)
+            with autocast(cfg):
+                loss, values = loss_of(module, batch, generator)
             module.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(module.parameters(), cfg.clip_grad)
@@ -334,7 +364,7 @@ def mean_of(rows):
 
 def train_vae(cfg):
     dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
-    vae = AutoencoderKL(cfg.latent_channels, channels=64, multipliers=(1, 2), blocks=1, scale=1.0, shift=0.0, unshuffle=4, attention=False,
+    vae = AutoencoderKL(cfg.latent_channels, channels=48, multipliers=(1, 2), blocks=1, scale=1.0, shift=0.0, unshuffle=4, attention=False,
                         groups=8)
     images = first(held_out, 256, cfg)[0].to(cfg.device)
 
@@ -361,8 +391,8 @@ def train_vae(cfg):
 
 def train_clip(cfg):
     dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
-    captions = [text for s in first(dataset, 20000, cfg)[2] for text in (s.original, s.synthetic) if text]
-    tokenizer = BPETokenizer.train(captions, length=cfg.clip_length)
+    dataset.twins = True  # of shapes: hard negatives
+    tokenizer = BPETokenizer.train(all_captions(dataset), length=cfg.clip_length)
     tokenizer_g = BPETokenizer(tokenizer.vocab, tokenizer.merges, cfg.clip_length, pad=0)  # G pads with 0, L with the end token
     width_l, width_g = cfg.text_width * 3 // 8, cfg.text_width * 5 // 8
     common = dict(vocab_size=len(tokenizer.vocab), length=cfg.clip_length, layers=3, eos=tokenizer.end)
@@ -404,29 +434,27 @@ def train_clip(cfg):
 
 def train_t5(cfg):
     dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
-    texts = [text for s in first(dataset, 20000, cfg)[2] for text in (s.original, s.synthetic) if text]
-    tokenizer = UnigramTokenizer.train(texts, length=2 * cfg.t5_length)
+    tokenizer = UnigramTokenizer.train(all_captions(dataset), length=2 * cfg.t5_length)
     config = dict(vocab_size=len(tokenizer.pieces), width=cfg.text_width, layers=3, heads=cfg.text_width // 32, head_dim=32,
                   mlp=2 * cfg.text_width, buckets=32, max_distance=64)
     model = T5Denoiser(T5Encoder(**config), layers=2)
 
-    def document(sample, flip):
+    def document(captions, flip):
         """Both captions of a scene: what is hidden in one can be told from the other, if the encoder knows what belongs to what."""
-        pair = [sample.original, sample.synthetic] if sample.synthetic else [sample.original]
-        return " . ".join(pair[::-1] if flip else pair)
+        return " . ".join(filter(None, captions[::-1] if flip else captions))
 
     def loss_of(model, batch, generator):
-        tokens = tokenizer([document(s, i % 2) for i, s in enumerate(batch[2])])
+        tokens = tokenizer([document(captions, i % 2) for i, captions in enumerate(batch)])
         corrupted, targets = span_corruption(tokens, tokenizer.sentinels, rate=0.25, mean_span=1.5, generator=generator)
         return model.loss(corrupted.to(cfg.device), targets.to(cfg.device)), {}
 
-    validation = first(held_out, 256, cfg)
+    validation = [held_out.captions(i) for i in range(min(256, len(held_out)))]
 
     @torch.no_grad()
     def validate(model, step):
         return {"val_loss": loss_of(model, validation, torch.Generator().manual_seed(0))[0].item()}
 
-    model = fit(cfg, model, lambda start: batches(dataset, cfg.batch_size, cfg, start), loss_of, validate)
+    model = fit(cfg, model, lambda start: caption_batches(dataset, cfg.batch_size, cfg, start), loss_of, validate)
     encoder = T5Encoder(**config)
     encoder.load_state_dict({k: v for k, v in model.state_dict().items() if k in encoder.state_dict()})
     checkpoint.write_folder(Path(cfg.out) / "t5_tokenizer", tokenizer.save)
@@ -435,13 +463,6 @@ def train_t5(cfg):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Stage pretrain: the MM-DiT (Sec. 4, 5.3), on what the frozen parts make of the data (App. E.1)
-
-def autocast(cfg):
-    """bf16 where asked for; auto: where it pays. CPUs with AVX512-BF16 or AMX multiply matrices 4 times as fast in bf16, others more slowly."""
-    kind = cfg.device.split(":")[0]
-    pays = kind == "cuda" or kind == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return torch.autocast(kind, torch.bfloat16, enabled=cfg.precision == "bf16" or cfg.precision == "auto" and pays)
-
 
 @torch.no_grad()
 def encoded(dataset, bundle, cfg, start, n):
@@ -504,8 +525,7 @@ def train_mmdit(cfg):
         t = shift(form.sample_t(len(latents), generator, cfg.device), cfg.shift)
 
         def out(z, s):
-            with autocast(cfg):
-                return network(form.input(z, s), s, context, pooled).float()
+            return network(form.input(z, s), s, context, pooled).float()
 
         losses = form.loss(out, latents, t=t, generator=generator)
         return losses.mean(), {"loss_bins": by_level(losses.detach(), t)}
