@@ -64,8 +64,8 @@ class TrainConfig:
 # What a stage of the miniature takes unless a flag says otherwise; measured on 2 cores (README).
 DEFAULTS = {"vae": dict(steps=12000, batch_size=16, lr=1e-3, muon_lr=0.02),
             "clip": dict(steps=1200, batch_size=128, lr=1e-3, muon_lr=-1.0),
-            "t5": dict(steps=5000, batch_size=32, lr=1e-3, muon_lr=-1.0),
-            "pretrain": dict(steps=12000, batch_size=64, lr=1e-3, muon_lr=-1.0)}
+            "t5": dict(steps=4000, batch_size=32, lr=1e-3, muon_lr=-1.0),
+            "pretrain": dict(steps=14000, batch_size=64, lr=1e-3, muon_lr=0.02)}
 
 if __name__ == "__main__":
     CONFIG = parse_config(TrainConfig, description=__doc__)  # before the heavy imports: --help answers at once
@@ -436,7 +436,7 @@ def train_t5(cfg):
     dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
     tokenizer = UnigramTokenizer.train(all_captions(dataset), length=2 * cfg.t5_length)
     config = dict(vocab_size=len(tokenizer.pieces), width=cfg.text_width, layers=3, heads=cfg.text_width // 32, head_dim=32,
-                  mlp=2 * cfg.text_width, buckets=32, max_distance=64)
+                  mlp=3 * cfg.text_width // 2, buckets=32, max_distance=64)
     model = T5Denoiser(T5Encoder(**config), layers=2)
 
     def document(captions, flip):
