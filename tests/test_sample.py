@@ -13,9 +13,10 @@ from PIL import Image
 import checkpoint
 import data
 import evaluate
+import sample
 from checkpoint import load_bundle
-from sample import SampleConfig, check_prompts, generate, grid
-from samplers import SAMPLERS
+from sample import SampleConfig, check_prompts, generate, grid, guided_velocity
+from samplers import SAMPLERS, timesteps
 
 A, B = "a red circle above a blue square", "three green stars"
 
@@ -40,6 +41,20 @@ def test_pictures_depend_on_prompt_and_seed_alone(bundle):
     other = load_bundle(bundle.folder)                                            # and not on what was drawn before
     torch.randn(3)
     assert both.equal(generate(other, [A, B], seed=5))
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_what_is_done_ahead_changes_nothing(bundle, cfg, monkeypatch):
+    """Modulations of all times in one product, of none, or of too many to keep: the same velocity, that of the whole network under guidance."""
+    z, ts = torch.randn(2, 4, 4, 4), timesteps(5)
+    fields = [guided_velocity(bundle, [A, B], cfg), guided_velocity(bundle, [A, B], cfg, ts=ts)]
+    monkeypatch.setattr(sample, "MAX_ROWS", 1)
+    fields.append(guided_velocity(bundle, [A, B], cfg, ts=ts))
+    context, pooled = bundle.text.encode([A, B])
+    for t in (ts[2].expand(2), torch.full((2,), 0.123)):
+        v, v_0 = (bundle.mmdit(z, t, x * context, x * pooled) for x in (1, 0))
+        for field in fields:
+            torch.testing.assert_close(field(z, t), v_0 + cfg * (v - v_0), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("width, height", [(32, 32), (64, 32), (16, 48)])
