@@ -111,14 +111,19 @@ def attention(q, k, v):
 ATTENTIONS = {'sdpa': attention, 'fused': fused_attention}
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)       # torch's kernel wants one dtype, which autocast does not give
+
+
 class SelfAttention(nn.Module):
     """The weights of one stream around the joint attention: in (QKV, their optional RMSNorm, Sec. 5.3.2) and out."""
 
     def __init__(self, width, qk_norm, project=True):
         super().__init__()
         self.qkv = nn.Linear(width, 3 * width)
-        self.ln_q = nn.RMSNorm(HEAD_DIM, eps=1e-6) if qk_norm else nn.Identity()
-        self.ln_k = nn.RMSNorm(HEAD_DIM, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_q = RMSNorm(HEAD_DIM, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_k = RMSNorm(HEAD_DIM, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width) if project else None
 
     def heads(self, x):
