@@ -3,6 +3,8 @@
     python sample.py --prompt "a red circle above a blue square"
     python sample.py --prompt "three green stars" --num 16 --out stars.png
     python sample.py --prompts-file prompts.txt --weights runs/mine --steps 50 --cfg 3 --trajectory steps.gif
+    python sample.py --prompt "a red star" --init-image out.png --strength 0.7 --mask hole.png
+    python sample.py --prompt "a fox in the snow" --weights sd3_medium_incl_clips_t5xxlfp8.safetensors --tokenizers DIR --dtype bf16 --offload
 
 `generate()` is what train.py, evaluate.py and the experiments use.
 """
@@ -20,8 +22,15 @@ class SampleConfig:
     prompts_file: str = flag("", "a text file with a prompt a line", "text")
     negative_prompt: str = flag("", "what to steer away from, instead of from no text at all", "text")
     encoders: str = flag("clip_l,clip_g,t5", "text encoders to use; the others' embeddings are zeros", "text")
-    weights: str = flag("weights/mini", "a bundle folder", "weights")
+    t5_length: int = flag(0, "length of T5's part of the context; 0: the bundle's", "text", unit="tokens")
+    tokenizers: str = flag("", "folder of vocab.json and merges.txt (CLIP) and tokenizer.json (T5); empty: beside the weights", "text")
+    weights: str = flag("weights/mini", "a bundle folder, a safetensors file of Stability's, a diffusers folder", "weights")
     mmdit: str = flag("", "an MM-DiT checkpoint of train.py to use in place of the bundle's", "weights")
+    vae: str = flag("", "a safetensors file with the autoencoder, where --weights has none", "weights")
+    clip_l: str = flag("", "the same for CLIP-L", "weights")
+    clip_g: str = flag("", "the same for CLIP-G", "weights")
+    t5: str = flag("", "the same for T5", "weights")
+    lora: tuple = flag((), "a LoRA in diffusers' layout, FILE or FILE:SCALE", "weights")
     steps: int = flag(0, "steps of the sampler; 0: the bundle's", "sampling")
     cfg: float = flag(-1.0, "guidance scale, 1 is none; -1: the bundle's", "sampling")
     shift: float = flag(0.0, "timestep shift alpha of Eq. 23; 0: the bundle's", "sampling")
@@ -30,11 +39,15 @@ class SampleConfig:
     width: int = flag(None, "width, a multiple of 16; the bundle's unless given", "picture", unit="pixels")
     height: int = flag(None, "height, a multiple of 16; the bundle's unless given", "picture", unit="pixels")
     num: int = flag(1, "pictures a prompt", "picture")
+    init_image: str = flag("", "picture to start from; its size is the default of --width and --height", "picture")
+    strength: float = flag(0.6, "how much of --init-image is drawn anew, from 0 (nothing) to 1 (all)", "picture")
+    mask: str = flag("", "picture that is white where --init-image is to be redrawn, black where it stays", "picture")
     out: str = flag("out.png", "file to write; several pictures make a grid", "picture")
     zoom: int = flag(1, "enlarge each pixel of the file to zoom x zoom", "picture")
     trajectory: str = flag("", "also write a GIF of the data estimate at each step", "picture")
     device: str = flag("cpu", "cpu, cuda, cuda:1, mps", "machine")
-    dtype: str = flag("fp32", "precision of the MM-DiT", "machine", choices=("fp32", "bf16", "fp16"))
+    dtype: str = flag("fp32", "precision of the MM-DiT and the text encoders (T5 never in fp16, which it overflows)", "machine", choices=("fp32", "bf16", "fp16"))
+    offload: bool = flag(False, "load each part only while it is needed: less memory, slower", "machine")
 
 
 if __name__ == "__main__":
@@ -44,13 +57,15 @@ import contextlib
 import inspect
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import checkpoint
 from flow import formulation
-from samplers import SAMPLERS, guided, parts, timesteps
+from samplers import SAMPLERS, guided, keeping, parts, start_from, timesteps
 
 MAX_PROMPT, MAX_SIDE = 2000, 4096
 
@@ -80,17 +95,21 @@ def check_device(name):
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def guided_velocity(bundle, prompts, cfg, negative_prompt="", encoders=("clip_l", "clip_g", "t5"), dtype=torch.float32):
-    """velocity(z, t) of the bundle's MM-DiT for the prompts under guidance, text and no text in one batch."""
-    form, device = formulation(bundle.config["formulation"]), next(bundle.mmdit.parameters()).device
-    context, pooled = (x.to(device, dtype) for x in bundle.text.encode(prompts, encoders))
-    null_context, null_pooled = torch.zeros_like(context), torch.zeros_like(pooled)  # as in training (Sec. 5.1)
-    if negative_prompt:
-        null_context, null_pooled = (x.to(device, dtype).expand_as(y) for x, y in zip(bundle.text.encode([negative_prompt], encoders), (context, pooled)))
+def guided_velocity(bundle, prompts, cfg, negative_prompt="", encoders=("clip_l", "clip_g", "t5")):
+    """velocity(z, t) of the bundle's MM-DiT for the prompts under guidance, text and no text in one batch.
+
+    No text is what it was in training: zeros (Sec. 5.1) or, for released weights, the empty prompt."""
+    from_text = cfg != 1 and (negative_prompt or bundle.config.get("unconditional") == "empty prompt")
+    context, pooled = bundle.text.encode([*prompts, negative_prompt] if from_text else prompts, encoders)
+    form, like = formulation(bundle.config["formulation"]), next(bundle.mmdit.parameters())
+    context, pooled = context.to(like), pooled.to(like)
+    null_context, null_pooled = torch.zeros_like(context), torch.zeros_like(pooled)
+    if from_text:
+        context, pooled, null_context, null_pooled = context[:-1], pooled[:-1], context[-1:].expand_as(context[:-1]), pooled[-1:].expand_as(pooled[:-1])
 
     def field(context, pooled):
         def velocity(z, t):
-            return form.velocity(bundle.mmdit(form.input(z, t).to(dtype), t, context, pooled).float(), z, t)
+            return form.velocity(bundle.mmdit(form.input(z, t).to(like.dtype), t, context, pooled).float(), z, t)
         return velocity
 
     return guided(field(context, pooled), None, cfg, joint=field(torch.cat([context, null_context]), torch.cat([pooled, null_pooled])))
@@ -105,11 +124,12 @@ def initial_noise(bundle, n, seed, width, height):
 
 @torch.inference_mode()
 def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, sampler="", seed=0, width=None, height=None,
-             encoders=("clip_l", "clip_g", "t5"), callback=None, dtype=torch.float32):
+             encoders=("clip_l", "clip_g", "t5"), callback=None, init=None, strength=0.6, mask=None):
     """One picture a prompt: uint8 (B, H, W, 3) on the CPU. What is None, 0, -1 or empty is as the bundle's config says; a side of 0 is refused.
 
     Picture i starts from noise of seed + i, so it does not depend on the others. `callback(i, t, images)` is given the data
-    estimate, decoded, before each step; it costs a decoding each time."""
+    estimate, decoded, before each step; it costs a decoding each time. init, an image (3, H, W) in [-1, 1], is the picture to start from: noised to
+    t = strength, and redrawn from there on. mask (H, W): 1 where that may be, 0 where every pixel stays."""
     defaults = bundle.config
     steps, shift, sampler = steps or defaults["steps"], shift or defaults["shift"], sampler or defaults["sampler"]
     cfg = defaults["cfg"] if cfg < 0 else cfg
@@ -117,22 +137,37 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
     check_size(width, height)
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    if init is not None and (init.shape != (3, height, width) or mask is not None and mask.shape != (height, width)):
+        raise ValueError(f"the picture to start from is {tuple(init.shape)} and its mask {tuple(mask.shape) if mask is not None else None}; drawn are {width} x {height} pixels")
+    if not 0 < strength <= 1 or mask is not None and init is None:
+        raise ValueError(f"strength is {strength}, it must be above 0 and at most 1" if init is not None or mask is None else "a mask needs the picture that it belongs to")
     if abs(seed) > 2 ** 62:
         raise ValueError(f"seed is {seed}; at most 2^62 is taken")
     if not 1 <= steps <= 1000 or not 0 < shift <= 100:
         raise ValueError(f"steps is {steps} and shift {shift}; steps must be in 1..1000, shift above 0 and at most 100")
 
     form = formulation(defaults["formulation"])
-    z = form.start(initial_noise(bundle, len(prompts), seed, width, height))
-    ts = timesteps(steps, shift, form.t_max, form.t_min).to(z.device)
-    velocity = guided_velocity(bundle, prompts, cfg, negative_prompt, encoders, dtype)
+    ts = timesteps(steps, shift, form.t_max, form.t_min, defaults.get("schedule", "uniform"))
+    velocity = guided_velocity(bundle, prompts, cfg, negative_prompt, encoders)   # first: an encoder may be let go before the MM-DiT is loaded
+    noise = initial_noise(bundle, len(prompts), seed, width, height)
+    z = form.start(noise)
+    if init is not None:
+        x0 = bundle.vae.to_latents(init[None].to(noise.device), sample=False)
+        z, ts = start_from(x0, noise, ts, strength, form)
+        if mask is not None:
+            velocity = keeping(velocity, x0, noise, F.max_pool2d(mask[None, None].to(noise), bundle.vae.factor), form)
     preview = callback and (lambda i, t, z, v: callback(i, float(t), to_uint8(bundle.vae.decode(parts(v, z, t, form)[0]))))
     options = {"path": form, "generator": torch.Generator().manual_seed(seed)}  # for the samplers that take them
     options = {k: v for k, v in options.items() if k in inspect.signature(SAMPLERS[sampler]).parameters}
-    z = SAMPLERS[sampler](velocity, z, ts, callback=preview, **options)
+    z = SAMPLERS[sampler](velocity, z, ts.to(z.device), callback=preview, **options)
+    bundle.release("mmdit")
     if not z.isfinite().all():
         raise ValueError(f"the sampler left finite numbers (guidance {cfg}, shift {shift}): no picture is written")
-    return to_uint8(bundle.vae.decode(z))
+    images = bundle.vae.decode(z)
+    bundle.release("vae")
+    if mask is not None:
+        images = torch.where(mask.to(images.device) > 0, images, init.to(images.device))
+    return to_uint8(images)
 
 
 def to_uint8(images):
@@ -163,6 +198,41 @@ def save_png(image, path, texts):
     checkpoint.write(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 
+def open_picture(path, mode, size):
+    """A picture of `mode` and `size` (width, height), None for its own: an array (H, W) or (H, W, 3)."""
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert(mode).resize(size or image.size, Image.Resampling.LANCZOS if mode == "RGB" else Image.Resampling.NEAREST))
+    except (Image.UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(f"{path} is no picture that can be read: {error}") from None
+
+
+def read_init(cfg):
+    """What `generate` needs of --init-image and --mask: init, mask, width and height."""
+    size = {"width": cfg.width, "height": cfg.height}
+    if not cfg.init_image:
+        if cfg.mask:
+            raise ValueError("--mask needs the --init-image that it belongs to")
+        return size
+    if cfg.width and cfg.height:
+        check_size(cfg.width, cfg.height)
+    init = from_uint8(torch.from_numpy(open_picture(cfg.init_image, "RGB", (cfg.width, cfg.height) if cfg.width and cfg.height else None))[None])[0]
+    size = {"width": init.shape[2], "height": init.shape[1]}
+    check_size(**size)
+    mask = torch.from_numpy(open_picture(cfg.mask, "L", (init.shape[2], init.shape[1])) > 127).float() if cfg.mask else None
+    return {"init": init, "mask": mask, **size}
+
+
+def read_lora_flags(cfg):
+    """FILE:SCALE -> (file, scale); 1 where none is given."""
+    for text in cfg.lora:
+        file, _, scale = text.rpartition(":")
+        try:
+            yield (file, float(scale)) if file else (text, 1.0)
+        except ValueError:
+            yield text, 1.0
+
+
 def read_prompts(cfg):
     prompts = list(cfg.prompt)
     if cfg.prompts_file:
@@ -182,12 +252,13 @@ def main():
         if not parent.is_dir() or not os.access(parent, os.W_OK) or Path(path).is_dir():
             raise ValueError(f"{path} cannot be written: " + ("it is a folder" if Path(path).is_dir() else f"{parent} is no folder or not writable"))
     check_device(cfg.device)
-    bundle = checkpoint.load_bundle(cfg.weights, cfg.device)
+    picture = read_init(cfg)
+    files = {name: getattr(cfg, name) for name in ("vae", *checkpoint.ENCODERS)}
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
+    bundle = checkpoint.load_bundle(cfg.weights, cfg.device, files, cfg.t5_length, dtype=dtype, offload=cfg.offload, tokenizers=cfg.tokenizers, loras=read_lora_flags(cfg))
     if cfg.mmdit:
         state = checkpoint.load_checkpoint(cfg.mmdit, cfg.device)
         checkpoint.load_strictly(bundle.mmdit, state.get("ema", state) if isinstance(state, dict) else state, cfg.mmdit)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
-    bundle.mmdit.to(dtype)
     wanted = [p for p in prompts for _ in range(cfg.num)]
     frames = []
     steps = cfg.steps or bundle.config["steps"]
@@ -195,8 +266,8 @@ def main():
         def preview(i, t, images):
             frames.append(grid(images))
             bar.update()
-        images = generate(bundle, wanted, cfg.negative_prompt, cfg.steps, cfg.cfg, cfg.shift, cfg.sampler, cfg.seed, cfg.width, cfg.height,
-                          tuple(filter(None, cfg.encoders.split(","))), preview if cfg.trajectory else None, dtype)
+        images = generate(bundle, wanted, cfg.negative_prompt, cfg.steps, cfg.cfg, cfg.shift, cfg.sampler, cfg.seed,
+                          encoders=tuple(filter(None, cfg.encoders.split(","))), callback=preview if cfg.trajectory else None, strength=cfg.strength, **picture)
     picture = grid(images)
     larger = (picture.width * cfg.zoom, picture.height * cfg.zoom)
     used = {name: bundle.config[name] for name in ("steps", "cfg", "shift", "sampler") if getattr(cfg, name) == getattr(SampleConfig, name)}

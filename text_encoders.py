@@ -37,6 +37,8 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 class CLIPAttention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"{width} channels do not divide into {heads} heads")
         self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
@@ -486,33 +488,48 @@ class TextSizes:
 
 
 class TextEncoders(nn.Module):
-    """The three encoders, any of which may be None (not loaded), and `tokenizers` by the same names."""
+    """The three encoders, any of which may be None (not loaded), and `tokenizers` by the same names.
 
-    def __init__(self, clip_l=None, clip_g=None, t5=None, tokenizers=None, sizes=None):
+    load(name) -> (encoder, tokenizer) is called for one that is None when it is first used; with keep=False it is let go again after each use."""
+
+    def __init__(self, clip_l=None, clip_g=None, t5=None, tokenizers=None, sizes=None, load=None, keep=True):
         super().__init__()
         self.clip_l, self.clip_g, self.t5, self.tokenizers, self.sizes = clip_l, clip_g, t5, tokenizers or {}, sizes or TextSizes()
+        self.load, self.keep = load, keep
         if self.sizes.clip_l + self.sizes.clip_g > self.sizes.t5:
             raise ValueError(f"the CLIPs' {self.sizes.clip_l} + {self.sizes.clip_g} channels do not fit into T5's {self.sizes.t5}")
+
+    def encoder(self, name):
+        """(encoder, tokenizer) of that name, loaded now unless it was."""
+        if getattr(self, name) is None:
+            if not self.load:
+                loaded = ", ".join(n for n in self.sizes.shares() if getattr(self, n) is not None)
+                raise ValueError(f"the text encoder {name} is not loaded, loaded are: {loaded or 'none'}")
+            encoder, self.tokenizers[name] = self.load(name)
+            if not self.keep:
+                return encoder, self.tokenizers[name]
+            setattr(self, name, encoder)
+        return getattr(self, name), self.tokenizers[name]
 
     @torch.no_grad()
     def encode(self, prompts, use=("clip_l", "clip_g", "t5")):
         """B prompts -> context c_ctxt (B, clip_length + t5_length, t5 width), pooled c_vec (B, clip_l + clip_g widths), float32; zeros for any encoder not in `use`."""
         s, shares = self.sizes, self.sizes.shares()
-        device = next(self.parameters(), torch.empty(0)).device
-        context = torch.zeros(len(prompts), s.clip_length + s.t5_length, s.t5, device=device)
-        pooled = torch.zeros(len(prompts), s.clip_l + s.clip_g, device=device)
+        context = torch.zeros(len(prompts), s.clip_length + s.t5_length, s.t5)
+        pooled = torch.zeros(len(prompts), s.clip_l + s.clip_g)
         for name in use:
             if name not in shares:
                 raise ValueError(f"{name!r} is no text encoder, known are {', '.join(shares)}")
-            if getattr(self, name) is None:
-                raise ValueError(f"the text encoder {name} is not loaded, loaded are: {', '.join(n for n in shares if getattr(self, n) is not None) or 'none'}")
             rows, channels, part = shares[name]
-            states = getattr(self, name)(self.tokenizers[name](prompts).to(device))
+            encoder, tokenizer = self.encoder(name)
+            device = next(encoder.parameters()).device
+            context, pooled, states = context.to(device), pooled.to(device), encoder(tokenizer(prompts).to(device))
             if name != "t5":
                 states, pooled[:, part] = states
             if states.shape != (place := context[:, rows, channels]).shape:
                 raise ValueError(f"{name} gives states of {tuple(states.shape)}, the sizes say {tuple(place.shape)}")
             place.copy_(states)
+            del encoder                                                       # before the next is loaded: with keep=False it was the last reference
         return context, pooled
 
     def drop(self, context, pooled, p=0.464, generator=None):

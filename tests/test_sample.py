@@ -188,7 +188,7 @@ def test_another_mmdit_of_the_same_architecture(cli, tiny, tmp_path, bundle):
     (["--prompt", A, "--out", "file/out.png"], "file/out.png cannot be written"),
     (["--prompt", A, "--trajectory", "absent/x.gif"], "absent/x.gif cannot be written"),
     (["--prompt", A, "--weights", "absent"], "absent is no bundle folder"),
-    (["--prompt", A, "--weights", "file"], "file is no bundle folder"),
+    (["--prompt", A, "--weights", "file"], "file is no safetensors file, or damaged"),
     (["--prompt", A, "--weights", "."], "config.json is not there")])
 def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, monkeypatch, arguments, reason):
     monkeypatch.chdir(tmp_path)
