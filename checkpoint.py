@@ -420,12 +420,12 @@ class Bundle:
         return TextSizes(**widths, clip_length=self.config["clip_length"], t5_length=self.config["t5_length"])
 
     def tokenizer_folder(self, name):
-        """Where a tokenizer's files are: in the folder itself, or under the name that bundles or diffusers give it."""
-        files, names = (["tokenizer.json"], ("t5_tokenizer", "tokenizer_3", ".")) if name == "t5" else (["vocab.json", "merges.txt"], ("clip_tokenizer", "tokenizer", "."))
-        for folder in (self.tokenizers / name for name in names):
-            if all((folder / file).is_file() for file in files):
-                return folder
-        raise ValueError(f"no {' and '.join(files)} for {name} in {self.tokenizers} or its {names[0]} or {names[1]}: give their folder by --tokenizers DIR")
+        """Where a tokenizer's files are: under the name that bundles or diffusers give their folder, or in the folder itself."""
+        ours, theirs, file = ("t5_tokenizer", "tokenizer_3", "tokenizer.json") if name == "t5" else ("clip_tokenizer", "tokenizer", "merges.txt")
+        for place in (f"{ours}/{file}", f"{theirs}/{file}", f"{theirs}/tokenizer.json", file):
+            if (self.tokenizers / place).is_file():
+                return (self.tokenizers / place).parent
+        raise ValueError(f"no {file} for {name} in {self.tokenizers}, its {ours} or its {theirs}: give its folder by --tokenizers DIR")
 
     def tokenizer(self, name):
         folder = self.tokenizer_folder(name)
