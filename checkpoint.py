@@ -605,7 +605,7 @@ def export_stability(bundle, path):
     for name, part in bundle.parts.items():
         own = laid_out(part, Layout())
         if name == "t5":
-            own["encoder.embed_tokens.weight"] = own["shared.weight"]
+            own["encoder.embed_tokens.weight"] = own["shared.weight"].clone()   # safetensors refuses to write one memory twice
         if name == "clip_l" and (own["text_projection.weight"].float() == torch.eye(part.config["width"])).all():
             del own["text_projection.weight"]
         tensors |= {PREFIXES[name] + key: tensor for key, tensor in own.items()}
