@@ -288,6 +288,10 @@ class Part:
             raise ValueError(f"{self.source} is of another architecture: {name} is {shape}, it should have {sides} sides")
         return shape
 
+    def replace(self, tensors, source):
+        """Other weights of the same architecture, by our names."""
+        self.tensors, self.source, self.layout = completed(self.name, checked_state(tensors, source)), source, Layout()
+
     def skeleton(self):
         """The network without memory, on torch's meta device, when its weights are all there and no others."""
         try:
@@ -321,8 +325,9 @@ class BundlePart(Part):
 
     def __init__(self, folder, name, cls=None):
         self.name, self.source, self.cls, self.layout = name, f"{folder}/{name}.pt", cls or CLASSES[name], Layout()
+        self.json = Path(folder) / f"{name}.json"
 
-    config = cached_property(lambda self: read_json(Path(self.source).with_suffix(".json")))
+    config = cached_property(lambda self: read_json(self.json))
     tensors = cached_property(lambda self: completed(self.name, checked_state(load_checkpoint(self.source, mmap=True), self.source)))
 
 

@@ -88,6 +88,16 @@ def check_size(width, height):
             raise ValueError(f"{name} is {side} pixels; it must be a multiple of 16 between 16 and {MAX_SIDE}")
 
 
+def check_init(init, mask, strength, width, height):
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}, it must be above 0 and at most 1")
+    if mask is not None and init is None:
+        raise ValueError("a mask needs the picture that it belongs to")
+    for what, side, wanted in (("picture to start from", init, (3, height, width)), ("mask", mask, (height, width))):
+        if side is not None and side.shape != wanted:
+            raise ValueError(f"the {what} is {tuple(side.shape)}, it must be {wanted} to draw {width} x {height} pixels")
+
+
 def check_device(name):
     try:
         torch.empty(0, device=name)
@@ -137,10 +147,7 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
     check_size(width, height)
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
-    if init is not None and (init.shape != (3, height, width) or mask is not None and mask.shape != (height, width)):
-        raise ValueError(f"the picture to start from is {tuple(init.shape)} and its mask {tuple(mask.shape) if mask is not None else None}; drawn are {width} x {height} pixels")
-    if not 0 < strength <= 1 or mask is not None and init is None:
-        raise ValueError(f"strength is {strength}, it must be above 0 and at most 1" if init is not None or mask is None else "a mask needs the picture that it belongs to")
+    check_init(init, mask, strength, width, height)
     if abs(seed) > 2 ** 62:
         raise ValueError(f"seed is {seed}; at most 2^62 is taken")
     if not 1 <= steps <= 1000 or not 0 < shift <= 100:
@@ -154,6 +161,8 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
     if init is not None:
         x0 = bundle.vae.to_latents(init[None].to(noise.device), sample=False)
         z, ts = start_from(x0, noise, ts, strength, form)
+        if len(ts) < 2:
+            raise ValueError(f"a strength of {strength} leaves none of {steps} steps: take more steps or a higher strength")
         if mask is not None:
             velocity = keeping(velocity, x0, noise, F.max_pool2d(mask[None, None].to(noise), bundle.vae.factor), form)
     preview = callback and (lambda i, t, z, v: callback(i, float(t), to_uint8(bundle.vae.decode(parts(v, z, t, form)[0]))))
@@ -198,29 +207,30 @@ def save_png(image, path, texts):
     checkpoint.write(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 
-def open_picture(path, mode, size):
-    """A picture of `mode` and `size` (width, height), None for its own: an array (H, W) or (H, W, 3)."""
+def open_picture(path):
     try:
-        with Image.open(path) as image:
-            return np.array(image.convert(mode).resize(size or image.size, Image.Resampling.LANCZOS if mode == "RGB" else Image.Resampling.NEAREST))
+        image = Image.open(path)
+        image.load()
+        return image
     except (Image.UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(f"{path} is no picture that can be read: {error}") from None
 
 
 def read_init(cfg):
-    """What `generate` needs of --init-image and --mask: init, mask, width and height."""
-    size = {"width": cfg.width, "height": cfg.height}
+    """What `generate` needs to know of --init-image, --mask, --width and --height."""
     if not cfg.init_image:
         if cfg.mask:
             raise ValueError("--mask needs the --init-image that it belongs to")
-        return size
-    if cfg.width and cfg.height:
-        check_size(cfg.width, cfg.height)
-    init = from_uint8(torch.from_numpy(open_picture(cfg.init_image, "RGB", (cfg.width, cfg.height) if cfg.width and cfg.height else None))[None])[0]
-    size = {"width": init.shape[2], "height": init.shape[1]}
-    check_size(**size)
-    mask = torch.from_numpy(open_picture(cfg.mask, "L", (init.shape[2], init.shape[1])) > 127).float() if cfg.mask else None
-    return {"init": init, "mask": mask, **size}
+        return {"width": cfg.width, "height": cfg.height}
+    with open_picture(cfg.init_image) as image:
+        size = image.width if cfg.width is None else cfg.width, image.height if cfg.height is None else cfg.height
+        check_size(*size)
+        pixels = torch.from_numpy(np.array(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)))
+    given = {"width": size[0], "height": size[1], "init": from_uint8(pixels[None])[0]}
+    if cfg.mask:
+        with open_picture(cfg.mask) as image:
+            given["mask"] = torch.from_numpy(np.array(image.convert("L").resize(size, Image.Resampling.NEAREST)) > 127).float()
+    return given
 
 
 def read_lora_flags(cfg):
@@ -252,13 +262,13 @@ def main():
         if not parent.is_dir() or not os.access(parent, os.W_OK) or Path(path).is_dir():
             raise ValueError(f"{path} cannot be written: " + ("it is a folder" if Path(path).is_dir() else f"{parent} is no folder or not writable"))
     check_device(cfg.device)
-    picture = read_init(cfg)
+    start = read_init(cfg)
     files = {name: getattr(cfg, name) for name in ("vae", *checkpoint.ENCODERS)}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
     bundle = checkpoint.load_bundle(cfg.weights, cfg.device, files, cfg.t5_length, dtype=dtype, offload=cfg.offload, tokenizers=cfg.tokenizers, loras=read_lora_flags(cfg))
     if cfg.mmdit:
-        state = checkpoint.load_checkpoint(cfg.mmdit, cfg.device)
-        checkpoint.load_strictly(bundle.mmdit, state.get("ema", state) if isinstance(state, dict) else state, cfg.mmdit)
+        state = checkpoint.load_checkpoint(cfg.mmdit)
+        bundle.part("mmdit").replace(state.get("ema", state) if isinstance(state, dict) else state, cfg.mmdit)
     wanted = [p for p in prompts for _ in range(cfg.num)]
     frames = []
     steps = cfg.steps or bundle.config["steps"]
@@ -267,7 +277,7 @@ def main():
             frames.append(grid(images))
             bar.update()
         images = generate(bundle, wanted, cfg.negative_prompt, cfg.steps, cfg.cfg, cfg.shift, cfg.sampler, cfg.seed,
-                          encoders=tuple(filter(None, cfg.encoders.split(","))), callback=preview if cfg.trajectory else None, strength=cfg.strength, **picture)
+                          encoders=tuple(filter(None, cfg.encoders.split(","))), callback=preview if cfg.trajectory else None, strength=cfg.strength, **start)
     picture = grid(images)
     larger = (picture.width * cfg.zoom, picture.height * cfg.zoom)
     used = {name: bundle.config[name] for name in ("steps", "cfg", "shift", "sampler") if getattr(cfg, name) == getattr(SampleConfig, name)}

@@ -118,7 +118,8 @@ def start_from(x0, eps, ts, strength, path=STRAIGHT):
 
 
 def keeping(velocity, x0, eps, mask, path=STRAIGHT):
-    """Inpainting: the velocity where `mask` is 1; where it is 0 that of the path from eps to the known x0 (Eq. 5), which any ODE solver then arrives at."""
+    """Inpainting: the velocity where `mask` is 1; where it is 0 that of the path from eps to the known x0 (Eq. 5), at which any ODE solver then arrives:
+    exactly, where that path is straight."""
     def field(z, t):
         t_ = t.view(-1, *[1] * (z.ndim - 1))
         return torch.where(mask > 0, velocity(z, t), path.da(t_) * x0 + path.db(t_) * eps)
