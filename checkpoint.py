@@ -144,7 +144,7 @@ def write_safetensors(path, tensors, metadata=None):
 PREFIXES = {"mmdit": "model.diffusion_model.", "vae": "first_stage_model.", "clip_l": "text_encoders.clip_l.transformer.",
             "clip_g": "text_encoders.clip_g.transformer.", "t5": "text_encoders.t5xxl.transformer."}      # Stability's
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5": "text_encoder_3"}      # diffusers'
-IGNORED = re.compile(r"loss\.|(.*\.)?(position_ids|logit_scale)$")      # in some released files, of no use
+IGNORED = re.compile(r"loss\.|(.*\.)?(position_ids|logit_scale)$")      # in some released files, of no use here
 
 
 class Layout:
@@ -269,7 +269,7 @@ class Part:
 
     def __init__(self, name, source, tensors, layout=None):
         self.name, self.source, self.cls, self.layout = name, source, CLASSES[name], layout or Layout()
-        self.tensors = completed(name, tensors)
+        self.tensors = completed(name, {key: tensor for key, tensor in tensors.items() if not IGNORED.match(key)})
         self.config = CONFIGS[name](self)
 
     def __contains__(self, key):
@@ -332,8 +332,8 @@ class BundlePart(Part):
 
 
 def completed(name, tensors):
-    """A part's tensors without what is of no use, T5's tied embedding once, and the projection that CLIP-L's files may leave out: the identity."""
-    tensors = {key: tensor for key, tensor in tensors.items() if not IGNORED.match(key)}
+    """A part's tensors with T5's tied embedding once, and with the projection that CLIP-L's files may leave out: the identity."""
+    tensors = dict(tensors)
     if name == "t5" and "encoder.embed_tokens.weight" in tensors:
         tied = tensors.pop("encoder.embed_tokens.weight")
         tensors.setdefault("shared.weight", tied)
@@ -719,7 +719,6 @@ LORA_PREFIXES = {"mmdit": "transformer.", "clip_l": "text_encoder.", "clip_g": "
 def read_lora(path):
     """{part: {layer: its update B A (out, in), as (A, B), the file's own alpha / rank included in B}}"""
     tensors, metadata = read_safetensors(path)
-    adapters = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     loras = {name: {} for name in LORA_PREFIXES}
     layers = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
     known = {layer + end for layer in layers for end in (".lora_A.weight", ".lora_B.weight")}
@@ -729,17 +728,29 @@ def read_lora(path):
     for layer in layers:
         a, b = (tensors[f"{layer}.lora_{which}.weight"].float() for which in "AB")
         name = next((name for name, prefix in LORA_PREFIXES.items() if layer.startswith(prefix)), None)
-        if name is None or a.ndim < 2 or a.shape[0] != b.shape[1]:
-            raise ValueError(f"{path}: {layer} has A {tuple(a.shape)} and B {tuple(b.shape)}" if name else f"{path} is for {layer}, which is no layer of SD3's")
-        alpha = tensors.get(f"{layer}.alpha", adapters.get(LORA_PREFIXES[name] + "lora_alpha", len(a)))
-        loras[name][layer.removeprefix(LORA_PREFIXES[name])] = a, b * (float(alpha) / len(a))
+        if name is None:
+            raise ValueError(f"{path} is for {layer}, which is no layer of SD3's")
+        if min(a.ndim, b.ndim) < 2 or not 0 < len(a) == b.shape[1]:
+            raise ValueError(f"{path}: {layer} has A {tuple(a.shape)} and B {tuple(b.shape)}, which do not multiply to an update")
+        loras[name][layer.removeprefix(LORA_PREFIXES[name])] = a, b * (lora_alpha(tensors.get(f"{layer}.alpha"), metadata, LORA_PREFIXES[name], len(a), path) / len(a))
     return loras
 
 
+def lora_alpha(alpha, metadata, prefix, rank, path):
+    """A layer's own alpha, or else what PEFT's settings in the header say, or else the rank."""
+    try:
+        if alpha is None:
+            alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get(prefix + "lora_alpha", rank)
+        return float(alpha)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: its alpha cannot be used: {first_line(error)}") from None
+
+
+@torch.inference_mode(False)
 def apply_lora(module, name, loras, scale):
     """Add scale * B A to the weights of part `name`, out of place: they may be views of a file."""
-    lora, layout = loras.get(name, {}), lora_layout(module, name)
-    weights = {key: weight for key, weight in module.named_parameters() if key.endswith(".weight")}
+    lora, layout = loras.get(name, {}), DiffusersLayout("mmdit", len(module.joint_blocks)) if name == "mmdit" else Layout()
+    weights = {key: weight.detach() for key, weight in module.named_parameters() if key.endswith(".weight")}
     unknown = lora.keys() - {file_name.removesuffix(".weight") for key in weights for file_name in layout.names(key)}
     if unknown:
         raise ValueError(f"the LoRA is of another model: the {name} has no layer {min(unknown)}")
@@ -747,7 +758,7 @@ def apply_lora(module, name, loras, scale):
         layers = [file_name.removesuffix(".weight") for file_name in layout.names(key)]
         if lora.keys() & layers:
             updates = [update(lora.get(layer), rows, layer) for layer, rows in zip(layers, layout.split(key, weight))]
-            weight.data = (weight + scale * layout.join(key, updates)).to(weight.dtype)
+            module.get_parameter(key).data = (weight + scale * layout.join(key, updates)).to(weight.dtype)
 
 
 def update(factors, weight, layer):
@@ -767,10 +778,6 @@ def save_lora(path, factors, depth):
         for layer, rows in zip(layout.names(key), layout.split(key, b)):
             tensors |= {f"transformer.{layer}.lora_A.weight": a.clone(), f"transformer.{layer}.lora_B.weight": rows.contiguous()}
     write_safetensors(path, tensors)
-
-
-def lora_layout(module, name):
-    return DiffusersLayout("mmdit", len(module.joint_blocks)) if name == "mmdit" else Layout()
 
 
 # ---------------------------------------------------------------------------------------------------------------
