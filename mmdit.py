@@ -130,12 +130,6 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(2, (3, -1, HEAD_DIM)).unbind(2)       # (B, N, D) -> 3 of (B, N, H, 64)
         return self.ln_q(q), self.ln_k(k), v
 
-    def keys(self, x):
-        """`heads` of a stream that ends here: nobody needs what its own queries would find."""
-        width = x.shape[2]
-        k, v = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).unflatten(2, (2, -1, HEAD_DIM)).unbind(2)
-        return x.new_empty(len(x), 0, *k.shape[2:]), self.ln_k(k), v
-
 
 # ---------------------------------------------------------------- the block
 
@@ -176,8 +170,8 @@ class Stream(nn.Module):
     def before(self, x, m):
         """(B, N, D), modulation (B, vectors * D) -> q, k, v (B, N, H, 64) for the joint attention, and the modulation left for `after`."""
         shift, scale, *rest = m[:, None].chunk(self.vectors, dim=2)           # each (B, 1, D)
-        x = modulate(norm(x), shift, scale)
-        return self.attn.heads(x) if rest else self.attn.keys(x), rest
+        q, k, v = self.attn.heads(modulate(norm(x), shift, scale))
+        return (q if rest else q[:, :0], k, v), rest                          # a stream that ends here asks nothing
 
     def after(self, x, y, rest, attend):
         """The stream x and what it attended to, y, both (B, N, D) -> (B, N, D)."""
