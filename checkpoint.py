@@ -87,6 +87,14 @@ def read_json(path):
         raise ValueError(f"{path} is no JSON file") from None
 
 
+def read_object(path):
+    """A JSON file that holds a dict."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
 def save_checkpoint(path, state):
     """A dict of tensors, numbers, strings, lists and dicts to `path`."""
     write(path, lambda temporary: torch.save(state, temporary))
@@ -449,11 +457,10 @@ def load_bundle(path, device="cpu", files=None, t5_length=0, **options):
     for name, file in files.items():
         tensors, _ = read_safetensors(file)
         parts[name] = Part(name, file, with_prefix(tensors, PREFIXES[name]) or tensors)
-    if read != read_bundle:
+    if "mmdit" in parts and (files or read != read_bundle):
         check_fit(parts)
-    if t5_length and not 3 <= t5_length <= 512:
-        raise ValueError(f"t5_length is {t5_length} tokens; it must be in 3..512")
     config["t5_length"] = t5_length or config["t5_length"]
+    checked_config(config, path)
     options["tokenizers"] = options.get("tokenizers") or (path.parent if path.is_file() else path)
     return Bundle(path, parts, config, device, **options)
 
@@ -467,8 +474,15 @@ def read_bundle(folder):
 
 
 def checked_config(config, source):
+    """Sampling defaults, if each is there and of the presets' type."""
     if lacking := [key for key in KEYS if not isinstance(config, dict) or key not in config]:
         raise ValueError(f"{source} is no bundle's: it lacks {', '.join(lacking)}")
+    for key in KEYS:
+        kind = type((RELEASED | PRESETS["sd3-medium"])[key])
+        if not isinstance(config[key], (kind, int) if kind is float else kind):
+            raise ValueError(f"{source}: {key} is {config[key]!r}, not of type {kind.__name__}")
+        if key.endswith("_length") and not 3 <= config[key] <= 512:
+            raise ValueError(f"{source}: {key} is {config[key]} tokens; it must be in 3..512")
     return config
 
 
@@ -497,14 +511,15 @@ def read_stability(path):
 
 
 def json_config(text, source):
+    """The config that we write into the header of a file of ours."""
     try:
-        return checked_config(json.loads(text), f"the config in {source}")
+        return checked_config(json.loads(text), source)
     except json.JSONDecodeError:
-        raise ValueError(f"the config in {source} is no JSON") from None
+        raise ValueError(f"{source}: the config in its header is no JSON") from None
 
 
 def read_diffusers(folder):
-    kind = read_json(folder / "model_index.json").get("_class_name")
+    kind = read_object(folder / "model_index.json").get("_class_name")
     if not str(kind).startswith("StableDiffusion3"):
         raise ValueError(f"{folder} is a {kind}, not a StableDiffusion3Pipeline")
     parts = {name: diffusers_part(folder / sub, name) for name, sub in FOLDERS.items() if (folder / sub).is_dir()}
@@ -512,14 +527,16 @@ def read_diffusers(folder):
         raise ValueError(f"{folder}/transformer is not there")
     if (folder / "config.json").is_file():  # written here
         return parts, checked_config(read_json(folder / "config.json"), f"{folder}/config.json")
-    return parts, preset(parts["mmdit"].config)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    shift = {key: value for key, value in (read_object(scheduler) if scheduler.is_file() else {}).items() if key == "shift"}
+    return parts, preset(parts["mmdit"].config) | shift
 
 
 def diffusers_part(folder, name):
     tensors = read_shards(folder)
     block = {"mmdit": "transformer_blocks.{}.attn.to_q.weight", "vae": "encoder.down_blocks.{}.resnets.0.conv1.weight"}
     part = Part(name, folder, tensors, DiffusersLayout(name, count(block[name], tensors) if name in block else 0))
-    told = read_json(folder / "config.json")
+    told = read_object(folder / "config.json")
     for ours, theirs in TOLD[name].items():
         kind = type(arguments(part.cls, {})[ours])
         if not isinstance(told.get(theirs), (kind, int)):
@@ -533,7 +550,7 @@ def read_shards(folder):
     for name, variant in itertools.product(("diffusion_pytorch_model", "model"), ("", ".fp16")):
         index, single = folder / f"{name}.safetensors.index{variant}.json", folder / f"{name}{variant}.safetensors"
         if index.is_file():
-            weight_map = read_json(index).get("weight_map")
+            weight_map = read_object(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(file, str) and re.fullmatch(r"[\w.-]+\.safetensors", file) for file in weight_map.values()):
                 raise ValueError(f"{index} does not map weights to files of its own folder")
             tensors = {}

@@ -38,9 +38,9 @@ def merge_lora(module):
     """Undo `add_lora`, the updates added to the weights; in place."""
     for name, lora in [*module.named_modules()]:
         if isinstance(lora, LoRALinear):
-            linear = nn.Linear(0, 0)
-            linear.in_features, linear.out_features, linear.bias = lora.in_features, lora.out_features, lora.bias
-            linear.weight = nn.Parameter((lora.weight + lora.scale * lora.lora_B @ lora.lora_A).detach(), requires_grad=False)
+            with torch.device("meta"):
+                linear = nn.Linear(lora.in_features, lora.out_features)
+            linear.weight, linear.bias = nn.Parameter((lora.weight + lora.scale * lora.lora_B @ lora.lora_A).detach(), requires_grad=False), lora.bias
             module.set_submodule(name, linear)
     return module
 

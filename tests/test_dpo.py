@@ -14,8 +14,10 @@ from mmdit import MMDiT
 SIZES = dict(depth=2, in_channels=4, context_dim=32, pooled_dim=20, pos_embed_max_size=8, base_size=2, dual_attention_blocks=(0,))
 
 
-def randomized(model, seed=0):
-    torch.manual_seed(seed)
+def mmdit():
+    """The same random weights at each call."""
+    torch.manual_seed(0)
+    model = MMDiT(**SIZES)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -24,7 +26,7 @@ def randomized(model, seed=0):
 
 def adapted(rank=3, alpha=6.0):
     """An MM-DiT whose adapters do something."""
-    model = dpo.add_lora(randomized(MMDiT(**SIZES)), rank, alpha)
+    model = dpo.add_lora(mmdit(), rank, alpha)
     for module in model.modules():
         if isinstance(module, dpo.LoRALinear):
             nn.init.normal_(module.lora_B, std=0.1)
@@ -38,8 +40,8 @@ def output(model):
 
 
 def test_an_adapter_starts_at_zero_and_alone_trains():
-    plain = randomized(MMDiT(**SIZES))
-    model = dpo.add_lora(randomized(MMDiT(**SIZES)), 3)
+    plain = mmdit()
+    model = dpo.add_lora(mmdit(), 3)
     assert output(model).equal(output(plain))
     assert {name.rsplit(".", 1)[1] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     linears = sum(type(module) is nn.Linear for module in plain.modules())
@@ -54,7 +56,7 @@ def test_an_adapter_starts_at_zero_and_alone_trains():
 def test_merging_keeps_the_output_and_the_names():
     model = adapted()
     before = output(model)
-    assert not before.allclose(output(randomized(MMDiT(**SIZES))), atol=1e-3)
+    assert not before.allclose(output(mmdit()), atol=1e-3)
     dpo.merge_lora(model)
     assert torch.allclose(output(model), before, atol=1e-5)
     assert {*model.state_dict()} == {*MMDiT(**SIZES).state_dict()} and all(type(m) is not dpo.LoRALinear for m in model.modules())
@@ -69,7 +71,7 @@ def test_a_saved_lora_applied_is_the_adapted_model(tmp_path, scale):
     for module in model.modules():
         if isinstance(module, dpo.LoRALinear):
             module.scale *= scale
-    plain = randomized(MMDiT(**SIZES))
+    plain = mmdit()
     apply_lora(plain, "mmdit", read_lora(tmp_path / "x.safetensors"), scale)
     assert torch.allclose(output(plain), output(model), atol=1e-5)
 
@@ -80,7 +82,7 @@ def test_the_file_is_what_diffusers_understands(tmp_path):
     model, layout = adapted(), DiffusersLayout("mmdit", 2)
     peer = diffusers.SD3Transformer2DModel(in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=128,
                                            pooled_projection_dim=20, pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,)).eval()
-    plain = randomized(MMDiT(**SIZES)).state_dict()
+    plain = mmdit().state_dict()
     peer.load_state_dict({name: tensor for key, value in plain.items() for name, tensor in zip(layout.names(key), layout.split(key, value))})
     dpo.save_lora(tmp_path / "x.safetensors", model)
     tensors = checkpoint.read_safetensors(tmp_path / "x.safetensors")[0]

@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -201,6 +202,19 @@ def test_other_parts_are_read_off_the_released_sizes(name, cls, config, paramete
     assert {key: tensor.shape for key, tensor in laid_out.items()} == wanted
 
 
+def test_sampling_defaults_of_a_foreign_folder_and_bad_ones(folder, tmp_path):
+    """The shift is the scheduler's; what a file says about sampling is checked before it is used."""
+    shutil.copytree(folder, tmp_path / "sd3")
+    (tmp_path / "sd3/scheduler/scheduler_config.json").write_text('{"shift": 1.5}')
+    assert load_bundle(tmp_path / "sd3").config == load_bundle(folder).config | {"shift": 1.5}
+    for change, reason in (({"steps": "all"}, "steps is 'all', not of type int"), ({"t5_length": 10 ** 9}, "t5_length is 1000000000 tokens; it must be in 3..512"), ({"shift": None}, "shift is None")):
+        (tmp_path / "sd3/config.json").write_text(json.dumps(load_bundle(folder).config | change))
+        with pytest.raises(ValueError, match=reason):
+            load_bundle(tmp_path / "sd3")
+    with pytest.raises(ValueError, match="t5_length is 2 tokens"):
+        load_bundle(folder, t5_length=2)
+
+
 def test_what_a_layout_has_no_place_for_is_refused(tiny, tmp_path):
     """The miniature's autoencoder is none that others can build."""
     for export in (checkpoint.export_stability, checkpoint.export_diffusers):
@@ -368,7 +382,7 @@ def damages(raw, trap):
 def test_200_malformed_files(single, tmp_path):
     """Each is refused in one line, with no code executed and no memory taken; or else is what it was, a bit of whose header does not matter or names the file's own config otherwise."""
     path, trap, raw = tmp_path / "x.safetensors", Trap(tmp_path / "executed"), single.read_bytes()
-    told, harmless = 0, 0
+    told, harmless, memory = 0, 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for bad in damages(raw, trap):
         path.write_bytes(bad)
         try:
@@ -382,6 +396,7 @@ def test_200_malformed_files(single, tmp_path):
             assert len(" ".join(str(error).split())) < 700, str(error)[:900]
     assert told >= 190 and harmless <= 12, (told, harmless)                       # flips inside the recorded sampling defaults
     assert not trap.path.exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300_000      # kilobytes
 
 
 def test_the_header_of_a_huge_file_is_not_believed(tmp_path):
