@@ -19,7 +19,7 @@ import re
 import sys
 import zlib
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from config import flag, one_line_errors, parse_config
 from shards import (PICTURE_ERRORS, bucket_sizes, cached_index, captions_of, check_columns, expand, index_shards, nearest_buckets, numbers, parse_filter,
-                    read_at, read_header, read_index, upright_size)
+                    read_at, read_header, read_index, reason, upright_size)
 
 # ---------------------------------------------------------------------------------------------------------------
 # The world `shapes`: scenes. Lengths are in cells; a cell is a quarter of the picture's shorter side.
@@ -321,7 +321,7 @@ class Dataset:
     `groups`: for each size of picture, the items to train on; `skipped`: {name: why} of what was found unusable on opening."""
 
     skipped = {}
-    groups = property(lambda self: [range(len(self))])
+    groups = cached_property(lambda self: [range(len(self))])
 
 
 class Shapes(Dataset):
@@ -372,8 +372,6 @@ def fit(image, width, height):
 class Pictures(Dataset):
     """Pictures of many sizes, each cropped to width x height or, with `buckets`, to the bucket of its aspect ratio."""
 
-    groups = ()
-
     def __init__(self, width, height, seed, buckets, upscale):
         if buckets and width != height:
             raise ValueError(f"buckets have the area of a square, the size is {width} x {height}")
@@ -396,7 +394,7 @@ class Pictures(Dataset):
             with Image.open(file) as image:
                 return Sample(fit(image, *self.sizes[0 if self.bucket is None else self.bucket[index]]), *captions)
         except PICTURE_ERRORS as error:
-            raise Unreadable(name, error) from None
+            raise Unreadable(name, reason(error)) from None
 
 
 class Folder(Pictures):
@@ -412,8 +410,6 @@ class Folder(Pictures):
         self.items = self.find(Path(folder), split, filter)
         if buckets:
             self.arrange(self.measured(), range(len(self.items)))
-        else:
-            self.groups = [range(len(self.items))]
 
     def find(self, root, split, filter):
         """Sorted (path, original, synthetic) of the split."""
@@ -455,7 +451,7 @@ class Folder(Pictures):
                 with Image.open(path) as image:
                     sizes[i] = upright_size(image)
             except PICTURE_ERRORS as error:
-                self.skipped[path], readable[i] = str(error), False
+                self.skipped[path], readable[i] = reason(error), False
         return np.where(readable, nearest_buckets(self.sizes, *sizes.T, self.upscale), -2)
 
     def __len__(self):

@@ -51,10 +51,14 @@ def shuffled(start, n, seed, window=2 ** 14, block=2 ** 8):
 def turns(lengths, seed, start=0):
     """Yields (group, its how many-th batch) for steps start, start + 1, ...: each group at even intervals in proportion to its length, so none starves."""
     shares, offsets = np.array(lengths) / sum(lengths), np.random.default_rng((seed, 5)).random(len(lengths))
-    begin = max(start - len(lengths), 0)                                        # batch j of a group is due at (j + offset) / share
-    past = np.maximum(np.ceil(begin * shares - offsets), 0).astype(int)         # batches due before step `begin`: at most `start`
-    due = [(((j + offset) / share, group, j) for j in itertools.count(first)) for group, (share, offset, first) in enumerate(zip(shares, offsets, past.tolist()))]
-    yield from ((group, j) for _, group, j in itertools.islice(heapq.merge(*due), start - past.sum(), None))
+    begin = max(start - len(lengths), 0)
+    past = np.maximum(np.ceil(begin * shares - offsets), 0).astype(int).tolist()    # batches that are due before step `begin`: no more than `start`
+
+    def due(group):
+        for j in itertools.count(past[group]):
+            yield (j + offsets[group]) / shares[group], group, j
+
+    yield from ((group, j) for _, group, j in itertools.islice(heapq.merge(*map(due, range(len(lengths)))), start - sum(past), None))
 
 
 def keys(groups, batch_size, seed, start=0, rank=0, world=1):

@@ -21,6 +21,13 @@ from PIL.ContainerIO import ContainerIO
 from tqdm import tqdm
 
 PICTURE_ERRORS = OSError, ValueError, SyntaxError, Image.DecompressionBombError    # what Pillow raises on foreign bytes
+
+
+def reason(error):
+    """What is wrong, without the address of the file object that Pillow adds."""
+    return re.sub(r" <.*>$", "", str(error))
+
+
 RECORD = np.dtype([("image", "<u8"), ("text", "<u8"), ("meta", "<u8"), ("image_size", "<u4"), ("text_size", "<u4"), ("meta_size", "<u4")])
 # where a sample's picture, .txt and .json lie, in bytes from the tar's start, and how long they are
 
@@ -110,7 +117,7 @@ def index_shard(shard):
                 records.append(record)
                 rows.append(row)
             except (*PICTURE_ERRORS, OverflowError, RecursionError) as error:
-                skipped[f"{shard}/{key}"] = str(error)
+                skipped[f"{shard}/{key}"] = reason(error)
     columns = sorted({name for row in rows for name in row})
     header = {"bytes": os.path.getsize(shard), "samples": len(records), "columns": columns, "skipped": skipped}
 
