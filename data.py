@@ -417,6 +417,8 @@ class Folder(Pictures):
         if filter and not jsonl.exists():
             raise ValueError(f"{root} has no metadata.jsonl with columns for --filter {filter!r}")
         found = sorted(self.listed(jsonl, filter) if jsonl.exists() else self.beside(root))
+        self.skipped.update({path: "no caption" for path, original, synthetic in found if not original + synthetic})
+        found = [(path, original or synthetic, synthetic) for path, original, synthetic in found if original + synthetic]
         if not found:
             raise ValueError(f"{root} holds no image with a caption (name.png + name.txt, or metadata.jsonl)" + f" that --filter {filter!r} wants" * bool(filter))
         return every_20th(found, split)
@@ -424,10 +426,7 @@ class Folder(Pictures):
     def beside(self, root):
         for path in root.rglob("*"):
             if path.suffix.lower() in self.SUFFIXES and path.with_suffix(".txt").exists():
-                if text := path.with_suffix(".txt").read_text("utf-8", errors="replace").strip():
-                    yield str(path), text, ""
-                else:
-                    self.skipped[str(path)] = "no caption"
+                yield str(path), path.with_suffix(".txt").read_text("utf-8", errors="replace").strip(), ""
 
     def listed(self, jsonl, filter):
         rows = []
@@ -486,11 +485,13 @@ class ImageNet(Folder):
         if mapping is None:
             raise ValueError(f"{root} holds no synset mapping (LOC_synset_mapping.txt: lines `n01440764 tench, Tinca tinca`)")
         classes = re.findall(r"^(n\d+)\s+(\S.*?)\s*$", mapping.read_text("utf-8", errors="replace"), re.MULTILINE)
-        self.names = [names.split(", ") for _, names in classes]
+        self.names, number = [names.split(", ") for _, names in classes], {synset: k for k, (synset, _) in enumerate(classes)}
 
         def pictures(folder):
-            return [(entry.path, k) for k, (synset, _) in enumerate(classes) if (folder / synset).is_dir()
-                    for entry in sorted(os.scandir(folder / synset), key=lambda entry: entry.name) if Path(entry.name).suffix.lower() in self.SUFFIXES]
+            synsets = sorted(path for path in folder.glob("n[0-9]*") if path.is_dir())
+            self.skipped.update({str(path): f"no class of {mapping.name}" for path in synsets if path.name not in number})
+            return [(entry.path, number[path.name]) for path in synsets if path.name in number
+                    for entry in sorted(os.scandir(path), key=lambda entry: entry.name) if Path(entry.name).suffix.lower() in self.SUFFIXES]
 
         train, val = pictures(root / "train"), pictures(root / "val")
         found = (train if split == "train" else val) if train and val else every_20th(train or pictures(root), split)
@@ -588,24 +589,25 @@ class Tar(Pictures):
     def __len__(self):
         return int(self.ends[-1])
 
-    def read(self, index, *names):
-        """(where a sample is, bytes of each of its named parts)."""
+    def read(self, index, *parts):
+        """(name of a sample's picture, its captions, bytes of each of the other parts)."""
         number = int(np.searchsorted(self.ends, index, "right"))
-        shard, (records, _) = self.shards[number], cached_index(self.shards[number])
-        record = records[index - int(self.ends[number])]           # counted from the shard's end
-        with open(shard, "rb") as file:
-            return f"{shard} at byte {record['image']}", [read_at(file, record[name], record[name + "_size"]) for name in names]
+        shard = self.shards[number]
+        try:
+            record = cached_index(shard)[0][index - int(self.ends[number])]     # counted from the shard's end
+            with open(shard, "rb") as file:
+                name = read_at(file, record["image"] - 512, 100).rstrip(b"\0").decode("utf-8", "replace")    # the tar's header of the member
+                text, meta, *others = (read_at(file, record[part], record[part + "_size"]) for part in ("text", "meta", *parts))
+            return f"{shard}/{name}", captions_of(text, meta), *others
+        except (OSError, ValueError) as error:                                  # the shard is not what it was
+            raise Unreadable(f"{shard}, sample {index}", reason(error)) from None
 
     def captions(self, index):
-        name, raw = self.read(index, "text", "meta")
-        try:
-            return captions_of(*raw)
-        except ValueError as error:                                # the shard is not what it was
-            raise Unreadable(name, error) from None
+        return self.read(index)[1]
 
     def __getitem__(self, index):
-        name, (raw,) = self.read(index, "image")
-        return self.cropped(io.BytesIO(raw), index, name, self.captions(index))
+        name, captions, image = self.read(index, "image")
+        return self.cropped(io.BytesIO(image), index, name, captions)
 
 
 def held_out_end(n, split):

@@ -247,6 +247,16 @@ def test_folder_of_any_sizes(tmp_path):
     assert np.abs(np.array(means[1]) - (0, 0, 255)).max() < 4
 
 
+def test_pictures_without_a_caption_are_left_out_and_named(tmp_path):
+    for name, text in (("a", ""), ("b", " \n"), ("c", "a caption")):
+        save(tmp_path / f"{name}.png", (1, 2, 3), text=text)
+    assert Folder(tmp_path).skipped == {f"{tmp_path}/{name}.png": "no caption" for name in "ab"} and len(Folder(tmp_path)) == 1
+    rows = [{"file_name": f"{i}.png", "text": text, "synthetic": other} for i, (text, other) in enumerate((("", ""), ("", "dense"), ("short", "dense")))]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = Folder(tmp_path)
+    assert [folder.captions(i) for i in range(len(folder))] == [("dense", "dense"), ("short", "dense")] and [*folder.skipped] == [f"{tmp_path}/0.png"]
+
+
 def test_folder_crops_the_centre_and_keeps_the_aspect(tmp_path):
     image = np.zeros((40, 120, 3), np.uint8)
     image[:, 40:80] = 255
