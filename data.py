@@ -561,6 +561,8 @@ class Tar(Pictures):
         if None in headers:
             index_shards([shard for shard, header in zip(self.shards, headers) if header is None])
             headers = [header or read_header(shard) for shard, header in zip(self.shards, headers)]
+        if None in headers:
+            raise ValueError(f"{self.shards[headers.index(None)]} changes while it is read")
         for header in headers:
             self.skipped.update(header["skipped"])
         self.ends = np.cumsum([header["samples"] for header in headers])

@@ -9,7 +9,6 @@ import hashlib
 import heapq
 import itertools
 import json
-import math
 import sys
 import time
 from dataclasses import asdict, replace
@@ -303,10 +302,11 @@ def precompute(cfg):
     dataset = open_data(cfg.data, cfg.resolution, cfg.resolution, "train", cfg.seed, filter=cfg.filter, buckets=cfg.buckets, upscale=cfg.upscale)
     if isinstance(dataset, Latents):
         raise ValueError(f"{cfg.data} has been computed already")
-    if not cfg.samples and count(dataset) >= 2 ** 31:
+    total = count(dataset)
+    if not cfg.samples and total >= 2 ** 31:
         raise ValueError(f"{cfg.data} never ends: --samples says how many pictures to take")
-    share = min(cfg.samples / count(dataset), 1) if cfg.samples else 1
-    plan = [(group, piece) for group, items in enumerate(dataset.groups) for piece in pieces(items[:math.ceil(share * len(items))], cfg.shard)]
+    plan = [(group, piece) for group, items in enumerate(dataset.groups)
+            for piece in pieces(items[:-(-(cfg.samples or total) * len(items) // total)], cfg.shard)]     # of each group its share
     bundle, out = checkpoint.load_bundle(cfg.weights, cfg.device), Path(cfg.out)
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("weights", "out", "batch_size", "workers", "device")}
     claim(out, {**settings, "fingerprint": fingerprint([cfg.weights], bundle.config["clip_length"], bundle.config["t5_length"])})
@@ -322,16 +322,7 @@ def precompute(cfg):
         for number in left:
             rows = itertools.islice(read, -(-len(plan[number][1]) // cfg.batch_size))
             write_shard(shard_folder(out, number), bundle, rows, cfg, bar)
-    shards = [shard_folder(out, number) for number in range(len(plan))]
-    shapes = [np.load(shard / "latents.npy", mmap_mode="r").shape for shard in shards]
-    skipped = dict(dataset.skipped)
-    for shard in shards:
-        skipped.update(checkpoint.read_json(shard / "shard.json")["skipped"])
-    checkpoint.write_json(out / "index.json", {**checkpoint.read_json(out / "settings.json"), "shards": [(shape[0], shape[2:]) for shape in shapes], "skipped": skipped})
-    size = sum(file.stat().st_size for shard in shards for file in shard.iterdir())
-    print(f"{out}: {sum(shape[0] for shape in shapes)} pictures in {len(shards)} shards, {size / sum(shape[0] for shape in shapes) / 1000:.1f} kB each")
-    SKIPPED.update(skipped)
-    report_skipped()
+    finish(out, [shard_folder(out, number) for number in range(len(plan))], dataset.skipped)
 
 
 def shard_folder(out, number):
@@ -372,6 +363,17 @@ def write_shard(folder, bundle, batches, cfg, bar):
             np.save(temporary / f"{name}.npy", np.asarray(array))
         checkpoint.write_json(temporary / "shard.json", {"captions": list(unique), "skipped": skipped})
     checkpoint.write_folder(folder, save)
+
+
+def finish(out, shards, skipped):
+    """All shards are whole: writes index.json, which Latents looks for, and says what was made and what was left out."""
+    shapes = [np.load(shard / "latents.npy", mmap_mode="r").shape for shard in shards]
+    skipped = {**skipped, **{name: why for shard in shards for name, why in checkpoint.read_json(shard / "shard.json")["skipped"].items()}}
+    checkpoint.write_json(out / "index.json", {**checkpoint.read_json(out / "settings.json"), "shards": [(shape[0], shape[2:]) for shape in shapes], "skipped": skipped})
+    pictures, size = sum(shape[0] for shape in shapes), sum(file.stat().st_size for shard in shards for file in shard.iterdir())
+    print(f"{out}: {pictures} pictures in {len(shards)} shards, {size / pictures / 1000:.1f} kB each")
+    SKIPPED.update(skipped)
+    report_skipped()
 
 
 # ---------------------------------------------------------------------------------------------------------------

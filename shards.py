@@ -13,6 +13,7 @@ import os
 import re
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 
 import numpy as np
@@ -109,7 +110,7 @@ def described(file, parts):
 def index_shard(shard):
     """Writes SHARD.index: a line of JSON, a RECORD for each sample, then the columns that can be filtered by, float32, one after the other."""
     from checkpoint import write       # which imports torch: only where there is something to write
-    records, rows, skipped = [], [], {}
+    records, rows, skipped, tar = [], [], {}, os.stat(shard)
     with open(shard, "rb") as file:
         for key, group in itertools.groupby(members(file, shard, skipped), lambda member: re.sub(r"\.[^/]*$", "", member.name)):
             try:
@@ -119,7 +120,7 @@ def index_shard(shard):
             except (*PICTURE_ERRORS, OverflowError, RecursionError) as error:
                 skipped[f"{shard}/{key}"] = reason(error)
     columns = sorted({name for row in rows for name in row})
-    header = {"bytes": os.path.getsize(shard), "samples": len(records), "columns": columns, "skipped": skipped}
+    header = {"bytes": tar.st_size, "modified": tar.st_mtime_ns, "samples": len(records), "columns": columns, "skipped": skipped}
 
     def save(temporary):
         with open(temporary, "wb") as out:
@@ -135,20 +136,22 @@ def index_shard(shard):
 
 def index_shards(shards):
     """Indexes shards, each by one process; every header is read, once and for all."""
-    with ProcessPoolExecutor(min(len(shards), os.cpu_count())) as pool:
-        for _ in tqdm(pool.map(index_shard, shards), "index", len(shards), unit="shard", delay=2):
-            pass
+    try:
+        with ProcessPoolExecutor(min(len(shards), os.cpu_count())) as pool:
+            for _ in tqdm(pool.map(index_shard, shards), "index", len(shards), unit="shard", delay=2):
+                pass
+    except BrokenProcessPool:
+        raise ValueError("a process that indexes shards died (out of memory?); the indices that are whole stay") from None
 
 
 def read_header(shard):
-    """The header of SHARD.index, and as "start" the place of its first RECORD; None where there is no index, or one that is damaged or older than the shard."""
+    """The header of SHARD.index, and as "start" the place of its first RECORD; None where there is no index, or one that is damaged or of another shard."""
     try:
         with open(f"{shard}.index", "rb") as file:
             header = json.loads(file.readline())
             header["start"], index, tar = file.tell(), os.fstat(file.fileno()), os.stat(shard)
         size = header["start"] + header["samples"] * (RECORD.itemsize + 4 * len(header["columns"]))
-        fresh = header["bytes"] == tar.st_size and index.st_mtime_ns >= tar.st_mtime_ns
-        return header if fresh and size == index.st_size else None
+        return header if (header["bytes"], header["modified"], size) == (tar.st_size, tar.st_mtime_ns, index.st_size) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -22,7 +22,9 @@ import data
 import pipeline
 from config import parse_config
 from data import Dataset, DedupConfig, Latents, PrecomputeConfig, Sample, Shapes, Unreadable, open_data
+from experiments import frozen_parts
 from pipeline import batches, caption_batches, conditioned_batches, duplicates, encoded_batches, keys, shuffled, turns
+from text_encoders import TextSizes
 
 CFG = SimpleNamespace(seed=3, workers=0, synthetic_share=0.5, batch_size=4, chunk=8, reuse=2, device="cpu", precision="fp32")
 
@@ -400,9 +402,9 @@ def test_a_fingerprint_is_of_contents_not_of_files(tiny, tmp_path):
 
 
 def test_stored_sizes_are_those_of_table_7():
-    """App. E.1, 256 x 256 pixels: latents of 65.5 kB in float32; states in half precision with a pooled vector in float32, 121.3 and 202.2 kB; T5's 630.7 kB."""
-    latents, clip_l, clip_g, t5 = 4 * 16 * 32 * 32, 77 * 768 * 2 + 768 * 4, 77 * 1280 * 2 + 1280 * 4, 77 * 4096 * 2
-    assert [round(x / 1000, 1) for x in (latents, clip_l, clip_g)] == [65.5, 121.3, 202.2] and abs(t5 / 1000 - 630.7) < 0.1
+    """App. E.1, at 256 x 256 pixels: what is stored here in float32 and in float16 is what the paper stores."""
+    for part, size in frozen_parts.stored_kilobytes(TextSizes(), 16, 256).items():
+        assert size == pytest.approx(frozen_parts.PAPER[part][2], abs=0.1)
 
 
 # ---- de-duplication

@@ -92,6 +92,8 @@ def test_an_index_is_made_once_and_again_when_the_shard_changes(tmp_path, monkey
     write_tar(shard, samples(0, 6))
     shards.cached_index.cache_clear()
     assert len(Tar(shard)) == 6 and len(calls) == 6
+    os.utime(shard, (2 ** 32, 2 ** 32))                                           # in the future
+    assert len(Tar(shard)) == len(Tar(shard)) == 6 and len(calls) == 7
 
 
 def test_faulty_samples_are_left_out_and_named(tmp_path):
@@ -198,10 +200,10 @@ def test_ten_million_samples_open_in_5_seconds_and_200_megabytes(tmp_path, optio
     records = np.zeros(n, shards.RECORD)
     records["image"], records["image_size"] = 50_000 * np.arange(n), 40_000
     columns = {"aesthetic": rng.uniform(0, 10, n), "nsfw": rng.uniform(0, 1, n), "width": rng.integers(64, 2000, n), "height": rng.integers(64, 2000, n)}
-    header = {"bytes": 500_000_000, "samples": n, "columns": [*columns], "skipped": {}}
-    index = json.dumps(header).encode() + b"\n" + records.tobytes() + b"".join(column.astype("<f4").tobytes() for column in columns.values())
     with open(tmp_path / "0000.tar", "wb") as file:
         file.truncate(500_000_000)
+    header = {"bytes": 500_000_000, "modified": os.stat(tmp_path / "0000.tar").st_mtime_ns, "samples": n, "columns": [*columns], "skipped": {}}
+    index = json.dumps(header).encode() + b"\n" + records.tobytes() + b"".join(column.astype("<f4").tobytes() for column in columns.values())
     (tmp_path / "0000.tar.index").write_bytes(index)
     for k in range(1, 1000):
         os.link(tmp_path / "0000.tar", tmp_path / f"{k:04}.tar")
