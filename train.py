@@ -313,8 +313,8 @@ def train_clip(cfg):
     tokenizer_g = BPETokenizer(tokenizer.vocab, tokenizer.merges, cfg.clip_length, pad=0)  # G pads with 0, L with the end token
     width_l, width_g = cfg.text_width * 3 // 8, cfg.text_width * 5 // 8
     common = dict(vocab_size=len(tokenizer.vocab), length=cfg.clip_length, layers=3, eos=tokenizer.end)
-    configs = {"clip_l": dict(common, width=width_l, heads=max(width_l // 32, 1), mlp=4 * width_l, activation="quick_gelu", projection=width_l),
-               "clip_g": dict(common, width=width_g, heads=max(width_g // 32, 1), mlp=4 * width_g, activation="gelu", projection=width_g),
+    configs = {"clip_l": dict(common, width=width_l, heads=width_l // math.gcd(width_l, 32), mlp=4 * width_l, activation="quick_gelu", projection=width_l),
+               "clip_g": dict(common, width=width_g, heads=width_g // math.gcd(width_g, 32), mlp=4 * width_g, activation="gelu", projection=width_g),
                "clip_image": dict(resolution=cfg.resolution, patch_size=8, width=128, layers=4, heads=4, projection=width_l + width_g)}
     towers = torch.nn.ModuleDict({"clip_l": CLIPTextEncoder(**configs["clip_l"]), "clip_g": CLIPTextEncoder(**configs["clip_g"]),
                                   "clip_image": evaluate.CLIPImageEncoder(**configs["clip_image"])})
@@ -400,10 +400,11 @@ def train_mmdit(cfg):
               "shift": cfg.shift, "steps": 28, "cfg": cfg.cfg, "sampler": "euler", "unconditional": "zeros", "data": cfg.data}
     checkpoint.write_json(Path(cfg.out) / "config.json", config)
     bundle = checkpoint.load_bundle(cfg.out, cfg.device)
-    text = checkpoint.text_encoders(cfg.out, bundle.config, {})  # sizes alone: where all is computed ahead no encoder is loaded to train
-    sizes, form = text.sizes, formulation(cfg.formulation)
+    if cfg.clip_length > (most := bundle.part("clip_l").config["length"]):
+        raise ValueError(f"--clip-length is {cfg.clip_length}; the CLIPs in {cfg.out} have positions for {most}")
+    sizes, form = bundle.text.sizes, formulation(cfg.formulation)
     patches = cfg.resolution // 16
-    model_config = dict(depth=cfg.depth, in_channels=checkpoint.read_json(Path(cfg.out) / "vae.json")["latent_channels"], context_dim=sizes.t5, pooled_dim=sizes.clip_l + sizes.clip_g,
+    model_config = dict(depth=cfg.depth, in_channels=bundle.part("vae").config["latent_channels"], context_dim=sizes.t5, pooled_dim=sizes.clip_l + sizes.clip_g,
                         pos_embed_max_size=4 * patches, base_size=patches, qk_norm=cfg.qk_norm, weight_sets=cfg.weight_sets,
                         clip_length=cfg.clip_length)
     torch.manual_seed(cfg.seed)
@@ -415,7 +416,7 @@ def train_mmdit(cfg):
 
     def loss_of(_, batch, generator):
         latents, context, pooled = (x.to(cfg.device) for x in batch)
-        context, pooled = text.drop(context, pooled, cfg.text_dropout, generator)
+        context, pooled = bundle.text.drop(context, pooled, cfg.text_dropout, generator)
         t = shift(form.sample_t(len(latents), generator, cfg.device), cfg.shift)
 
         def out(z, s):
