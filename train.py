@@ -396,12 +396,12 @@ def train_mmdit(cfg):
     missing = [part for part in FROZEN if not any((Path(cfg.out) / f"{part}{end}").exists() for end in (".pt", "/"))]
     if missing:
         checkpoint.copy_parts(cfg.weights, cfg.out, missing)
+    if cfg.clip_length > (most := checkpoint.read_json(Path(cfg.out) / "clip_l.json")["length"]):
+        raise ValueError(f"--clip-length is {cfg.clip_length}; the CLIPs in {cfg.out} have positions for {most}")
     config = {"clip_length": cfg.clip_length, "t5_length": cfg.t5_length, "resolution": cfg.resolution, "formulation": cfg.formulation,
               "shift": cfg.shift, "steps": 28, "cfg": cfg.cfg, "sampler": "euler", "unconditional": "zeros", "data": cfg.data}
     checkpoint.write_json(Path(cfg.out) / "config.json", config)
     bundle = checkpoint.load_bundle(cfg.out, cfg.device)
-    if cfg.clip_length > (most := bundle.part("clip_l").config["length"]):
-        raise ValueError(f"--clip-length is {cfg.clip_length}; the CLIPs in {cfg.out} have positions for {most}")
     sizes, form = bundle.text.sizes, formulation(cfg.formulation)
     patches = cfg.resolution // 16
     model_config = dict(depth=cfg.depth, in_channels=bundle.part("vae").config["latent_channels"], context_dim=sizes.t5, pooled_dim=sizes.clip_l + sizes.clip_g,
