@@ -394,10 +394,11 @@ def train_mmdit(cfg):
     if isinstance(dataset, Latents):
         check_fingerprint(dataset, [cfg.out, cfg.weights], cfg.clip_length, cfg.t5_length)
     missing = [part for part in FROZEN if not any((Path(cfg.out) / f"{part}{end}").exists() for end in (".pt", "/"))]
+    clip_l = Path(cfg.weights if "clip_l" in missing else cfg.out) / "clip_l.json"
+    if clip_l.exists() and cfg.clip_length > (most := checkpoint.read_json(clip_l)["length"]):
+        raise ValueError(f"--clip-length is {cfg.clip_length}; the CLIPs of {clip_l.parent} have positions for {most}")
     if missing:
         checkpoint.copy_parts(cfg.weights, cfg.out, missing)
-    if cfg.clip_length > (most := checkpoint.read_json(Path(cfg.out) / "clip_l.json")["length"]):
-        raise ValueError(f"--clip-length is {cfg.clip_length}; the CLIPs in {cfg.out} have positions for {most}")
     config = {"clip_length": cfg.clip_length, "t5_length": cfg.t5_length, "resolution": cfg.resolution, "formulation": cfg.formulation,
               "shift": cfg.shift, "steps": 28, "cfg": cfg.cfg, "sampler": "euler", "unconditional": "zeros", "data": cfg.data}
     checkpoint.write_json(Path(cfg.out) / "config.json", config)

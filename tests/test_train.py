@@ -169,6 +169,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(run, tiny, tmp_path, monkeypat
     (["--formulation", "rf/lognrm"], "unknown formulation 'rf/lognrm'"),
     (["--depth", "0"], "--depth is 0; the least is 1"), (["--steps", "-5"], "--steps is -5; the least is 1"),
     (["--chunk", "1"], "--chunk is 1; the least is 4"), (["--weight-sets", "4"], "known are 1, 2, 3"),
+    (["--clip-length", "17"], "--clip-length is 17; the CLIPs of"),
     (["--device", "toaster"], "device 'toaster' cannot be used")])
 def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, monkeypatch, arguments, reason):
     monkeypatch.chdir(tmp_path)
