@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import checkpoint
@@ -144,7 +146,7 @@ def test_lora_flag(cli, refused, tiny, tmp_path):
     for name, flags in {"none": [], "a": ["a.safetensors"], "halves": ["a.safetensors:0.5", "a.safetensors:0.5"], "b": ["b.safetensors:2"], "zero": ["a.safetensors:0"]}.items():
         flags = [f for file in flags for f in ("--lora", tmp_path / file)]
         assert cli("sample.py", "--prompt", "a red circle", "--weights", tiny, "--out", tmp_path / "out.png", "--zoom", 1, *flags)[0] == 0
-        from PIL import Image
-        pictures[name] = Image.open(tmp_path / "out.png").tobytes()
-    assert pictures["none"] == pictures["zero"] != pictures["a"] == pictures["halves"] and pictures["none"] != pictures["b"]
+        pictures[name] = np.asarray(Image.open(tmp_path / "out.png")).astype(int)
+    off = lambda a, b: abs(pictures[a] - pictures[b]).max()
+    assert off("none", "zero") == 0 and off("a", "halves") <= 1 and off("none", "a") > 1 and off("none", "b") > 1      # grey levels
     assert "absent.safetensors is not there" in refused("sample.py", "--prompt", "x", "--weights", tiny, "--out", tmp_path / "out.png", "--lora", "absent.safetensors:0.8")
