@@ -1,28 +1,45 @@
-"""Files: bundles (everything that sampling needs) and training checkpoints. Written beside and renamed; read without pickled code.
+"""Files: bundles (everything that sampling needs), released SD3 weights, training checkpoints. Written beside and renamed; read without pickled code.
 
-A bundle is a folder; each part that is there is a JSON config and its weights (half precision):
+    python checkpoint.py export --format diffusers sd3_medium_incl_clips.safetensors OUT        # --format stability | diffusers | bundle
+
+A bundle is a folder; each part that is there is a JSON config and its weights (half precision when trained here):
 
     config.json                                     sampling defaults and data: what `sample.py` starts from
     mmdit.json + mmdit.pt, vae.*, clip_l.*, clip_g.*, t5.*, clip_image.*
     clip_tokenizer/, t5_tokenizer/                  vocabulary and merges; unigram pieces
+
+Released weights are one safetensors file (Stability's layout, whose names are ours behind PREFIXES) or a folder of them (diffusers' layout). All
+layouts are read as a `Bundle` of `Part`s. Safetensors files are memory-mapped: a tensor is a view of the file, and costs memory when it is used.
 """
 
+import argparse
+import inspect
+import itertools
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
 import warnings
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
-from mmdit import MMDiT
+from config import Parser, one_line_errors
+from mmdit import HEAD_DIM, MMDiT
 from text_encoders import BPETokenizer, CLIPTextEncoder, T5Encoder, TextEncoders, TextSizes, UnigramTokenizer
 from vae import AutoencoderKL
 
 CLASSES = {"vae": AutoencoderKL, "clip_l": CLIPTextEncoder, "clip_g": CLIPTextEncoder, "t5": T5Encoder, "mmdit": MMDiT}
+ENCODERS = "clip_l", "clip_g", "t5"
 KEYS = "clip_length", "t5_length", "resolution", "formulation", "shift", "steps", "cfg", "sampler"     # that config.json has
+
+# What sampling from released weights starts with (Stability's and diffusers' settings); bundles of ours record their own.
+RELEASED = {"clip_length": 77, "t5_length": 256, "resolution": 1024, "formulation": "rf/lognorm(0.00,1.00)", "shift": 3.0, "sampler": "euler",
+            "schedule": "released", "unconditional": "empty prompt"}
+PRESETS = {"sd3-medium": {"steps": 28, "cfg": 5.0}, "sd3.5-medium": {"steps": 40, "cfg": 4.5}, "sd3.5-large": {"steps": 28, "cfg": 4.5}}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -70,27 +87,274 @@ def read_json(path):
         raise ValueError(f"{path} is no JSON file") from None
 
 
+def read_object(path):
+    """A JSON file that holds a dict."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
 def save_checkpoint(path, state):
     """A dict of tensors, numbers, strings, lists and dicts to `path`."""
     write(path, lambda temporary: torch.save(state, temporary))
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu", mmap=False):
     """What `save_checkpoint` wrote. A missing, truncated or foreign file, or one with code in it, is a ValueError."""
     if not Path(path).is_file():
         raise ValueError(f"{path} is not there" if not Path(path).exists() else f"{path} is no file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except OSError:
         raise
     except Exception as error:  # foreign bytes make torch raise anything, from IndexError to UnpicklingError
-        raise ValueError(f"{path} is no checkpoint of ours, or damaged ({(str(error) or repr(error)).splitlines()[0][:120]})") from None
+        raise ValueError(f"{path} is no checkpoint of ours, or damaged ({first_line(error)})") from None
+
+
+def first_line(error):
+    return (str(error) or repr(error)).splitlines()[0][:120]
+
+
+def safetensors(path):
+    """The optional library, for reading or writing `path`."""
+    try:
+        import safetensors.torch
+        return safetensors
+    except ImportError:
+        raise ImportError(f"{path} needs the package safetensors: pip install -r requirements-weights.txt") from None
+
+
+@torch.inference_mode(False)
+def read_safetensors(path):
+    """({name: tensor}, {name: text}) of a file: tensors are views of the mapped file, nothing is read yet. A foreign or damaged file is a ValueError."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not there")
+    library = safetensors(path)
+    try:
+        with library.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except OSError:
+        raise
+    except Exception as error:  # SafetensorError, and what torch raises about dtypes that it does not know
+        raise ValueError(f"{path} is no safetensors file, or damaged ({first_line(error)}); pickled weights are not read") from None
+
+
+def write_safetensors(path, tensors, metadata=None):
+    write(path, lambda temporary: safetensors(path).torch.save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})}))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Bundles
+# Layouts: the names and shapes that a part's weights have in a file
+
+PREFIXES = {"mmdit": "model.diffusion_model.", "vae": "first_stage_model.", "clip_l": "text_encoders.clip_l.transformer.",
+            "clip_g": "text_encoders.clip_g.transformer.", "t5": "text_encoders.t5xxl.transformer."}      # Stability's
+FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5": "text_encoder_3"}      # diffusers'
+IGNORED = re.compile(r"loss\.|(.*\.)?(position_ids|logit_scale)$")      # in some released files, of no use here
+
+
+class Layout:
+    """Ours, which is Stability's. T5's tied embedding counts once, as `shared`."""
+
+    def names(self, key):
+        """Our name of a weight -> the names in the file that hold it."""
+        return [key.replace("encoder.embed_tokens", "shared")]
+
+    def split(self, key, tensor):
+        """Our weight -> the file's, in the order of `names`."""
+        return [tensor]
+
+    def join(self, key, tensors):
+        """The inverse of `split`."""
+        return tensors[0]
+
+
+class DiffusersLayout(Layout):
+    """`size`: blocks of the MM-DiT, levels of the autoencoder."""
+
+    MMDIT = {"x_embedder": "pos_embed", "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+             "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1", "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+             "joint_blocks": "transformer_blocks", "final_layer.adaLN_modulation.1": "norm_out.linear", "final_layer.linear": "proj_out",
+             "x_block.adaLN_modulation.1": "norm1.linear", "context_block.adaLN_modulation.1": "norm1_context.linear",
+             "x_block.mlp.fc1": "ff.net.0.proj", "x_block.mlp.fc2": "ff.net.2", "context_block.mlp.fc1": "ff_context.net.0.proj", "context_block.mlp.fc2": "ff_context.net.2",
+             "x_block.attn.ln_": "attn.norm_", "x_block.attn2.ln_": "attn2.norm_", "context_block.attn.ln_": "attn.norm_added_",
+             "x_block.attn.proj": "attn.to_out.0", "x_block.attn2.proj": "attn2.to_out.0", "context_block.attn.proj": "attn.to_add_out",
+             "x_block.attn.qkv": "attn.to_{}", "x_block.attn2.qkv": "attn2.to_{}", "context_block.attn.qkv": "attn.add_{}_proj"}
+    VAE = {"norm_out": "conv_norm_out", "nin_shortcut": "conv_shortcut", ".block.": ".resnets.", "down.": "down_blocks.", "up.": "up_blocks.",
+           "downsample.": "downsamplers.0.", "upsample.": "upsamplers.0.", "mid.block_1": "mid_block.resnets.0", "mid.block_2": "mid_block.resnets.1",
+           "mid.attn_1.norm": "mid_block.attentions.0.group_norm", "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0", "mid.attn_1.": "mid_block.attentions.0.to_"}
+
+    def __init__(self, part, size):
+        self.part, self.size = part, size
+
+    def names(self, key):
+        if self.part == "vae":
+            return [replaced(re.sub(r"up\.(\d+)", lambda match: f"up.{self.size - 1 - int(match[1])}", key), self.VAE)]
+        if self.part == "mmdit":
+            name = "pos_embed.pos_embed" if key == "pos_embed" else replaced(key, self.MMDIT)
+            return [name.format(which) for which in "qkv"] if "{}" in name else [name]
+        return super().names(key)
+
+    def swapped(self, key):
+        """Where diffusers has scale before shift."""
+        return key.startswith(("final_layer.adaLN_modulation", f"joint_blocks.{self.size - 1}.context_block.adaLN_modulation"))
+
+    def linear(self, key):
+        """Where diffusers has a linear layer for a 1 x 1 convolution."""
+        return self.part == "vae" and re.search(r"attn_1\.(q|k|v|proj_out)\.weight", key)
+
+    def split(self, key, tensor):
+        tensor = torch.cat(tensor.chunk(2)[::-1]) if self.swapped(key) else tensor.flatten(1) if self.linear(key) else tensor
+        return tensor.chunk(len(self.names(key)))
+
+    def join(self, key, tensors):
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        return torch.cat(tensor.chunk(2)[::-1]) if self.swapped(key) else tensor[..., None, None] if self.linear(key) else tensor
+
+
+def replaced(text, table):
+    for old, new in table.items():
+        text = text.replace(old, new)
+    return text
+
+
+def count(template, names):
+    """How many of template.format(0), template.format(1), ... are in `names`, up to the first that is not."""
+    return next(i for i in itertools.count() if template.format(i) not in names)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The architecture, read off the weights: a constructor's arguments
+
+def mmdit_config(part):
+    width, channels, patch, _ = part.shape("x_embedder.proj.weight", 4)
+    depth = part.count("joint_blocks.{}.x_block.attn.proj.weight")
+    if width != HEAD_DIM * depth:
+        raise ValueError(f"{part.source}: the MM-DiT is {width} wide and {depth} blocks deep, not {HEAD_DIM} times as wide as deep")
+    out = part.shape("final_layer.linear.weight", 2)[0] // patch ** 2
+    return {"depth": depth, "in_channels": channels, "out_channels": None if out == channels else out, "patch_size": patch,
+            "context_dim": part.shape("context_embedder.weight", 2)[1], "pooled_dim": part.shape("y_embedder.mlp.0.weight", 2)[1],
+            "pos_embed_max_size": math.isqrt(part.shape("pos_embed", 3)[1]), "qk_norm": "joint_blocks.0.x_block.attn.ln_k.weight" in part,
+            "dual_attention_blocks": [i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.proj.weight" in part]}
+
+
+def vae_config(part):
+    channels = part.shape("encoder.conv_in.weight", 4)[0]
+    first = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(part.count("encoder.down.{}.block.0.conv1.weight"))]
+    return {"latent_channels": part.shape("decoder.conv_in.weight", 4)[1], "channels": channels, "multipliers": [part.shape(key, 4)[0] // channels for key in first],
+            "blocks": part.count("encoder.down.0.block.{}.conv1.weight"), "attention": "encoder.mid.attn_1.q.weight" in part}
+
+
+def clip_config(part):
+    vocab, width = part.shape("text_model.embeddings.token_embedding.weight", 2)
+    return {"vocab_size": vocab, "length": part.shape("text_model.embeddings.position_embedding.weight", 2)[0], "width": width,
+            "layers": part.count("text_model.encoder.layers.{}.mlp.fc1.weight"), "heads": max(width // 64, 1),
+            "mlp": part.shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0], "activation": "quick_gelu" if part.name == "clip_l" else "gelu",
+            "projection": part.shape("text_projection.weight", 2)[0], "eos": vocab - 1}
+
+
+def t5_config(part):
+    vocab, width = part.shape("shared.weight", 2)
+    buckets, heads = part.shape("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", 2)
+    return {"vocab_size": vocab, "width": width, "layers": part.count("encoder.block.{}.layer.0.SelfAttention.q.weight"), "heads": heads,
+            "head_dim": part.shape("encoder.block.0.layer.0.SelfAttention.q.weight", 2)[0] // heads,
+            "mlp": part.shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 2)[0], "buckets": buckets}
+
+
+CONFIGS = {"mmdit": mmdit_config, "vae": vae_config, "clip_l": clip_config, "clip_g": clip_config, "t5": t5_config}
+CLIP_TOLD = {"heads": "num_attention_heads", "activation": "hidden_act"}
+TOLD = {"mmdit": {}, "vae": {"groups": "norm_num_groups", "scale": "scaling_factor", "shift": "shift_factor"}, "clip_l": CLIP_TOLD, "clip_g": CLIP_TOLD,
+        "t5": {"max_distance": "relative_attention_max_distance"}}      # what weights cannot tell, and the name in diffusers' JSON
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parts
+
+class Part:
+    """A network on disk: its constructor's arguments `config`, and its weights by our names, in the file's dtypes."""
+
+    def __init__(self, name, source, tensors, layout=None):
+        self.name, self.source, self.cls, self.layout = name, source, CLASSES[name], layout or Layout()
+        self.tensors = completed(name, {key: tensor for key, tensor in tensors.items() if not IGNORED.match(key)})
+        self.config = CONFIGS[name](self)
+
+    def __contains__(self, key):
+        return self.layout.names(key)[0] in self.tensors
+
+    def count(self, template):
+        return count(template, self)
+
+    def shape(self, key, sides):
+        """The shape of the (first) tensor that holds a weight."""
+        name = self.layout.names(key)[0]
+        if name not in self.tensors:
+            raise ValueError(f"{self.source} is of another architecture: {name} is missing")
+        shape = tuple(self.tensors[name].shape)
+        if len(shape) != sides or 0 in shape:
+            raise ValueError(f"{self.source} is of another architecture: {name} is {shape}, it should have {sides} sides")
+        return shape
+
+    def replace(self, tensors, source):
+        """Other weights of the same architecture, by our names."""
+        self.tensors, self.source, self.layout = completed(self.name, checked_state(tensors, source)), source, Layout()
+
+    def skeleton(self):
+        """The network without memory, on torch's meta device, when its weights are all there and no others."""
+        try:
+            with torch.device("meta"):
+                module = self.cls(**self.config)
+        except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
+            raise ValueError(f"{self.source}: its config does not describe a {self.cls.__name__}: {first_line(error)}") from None
+        check_names({name for key in module.state_dict() for name in self.layout.names(key)}, self.tensors, self.source)
+        return module
+
+    def items(self):
+        """(our name, tensor) one by one, each of the network's shape."""
+        for key, own in self.skeleton().state_dict().items():
+            parts = [self.tensors[name] for name in self.layout.names(key)]
+            if not parts[0].is_floating_point():
+                raise ValueError(f"{self.source}: {self.layout.names(key)[0]} is of type {parts[0].dtype}, weights are floating-point numbers")
+            if {part.shape for part in parts} != {part.shape for part in self.layout.split(key, own)}:
+                raise ValueError(f"{self.source} is of another size: {key} is {' + '.join(str(tuple(p.shape)) for p in parts)}, the model has {tuple(own.shape)}")
+            yield key, self.layout.join(key, parts)
+
+    @torch.inference_mode(False)  # parts are loaded when first used, perhaps by `generate`, and may be trained later
+    def module(self, device="cpu", dtype=torch.float32):
+        """The network in `dtype`, in eval mode and frozen. Weights are read one by one; those that are of this dtype and device stay views of the file."""
+        module = self.skeleton()
+        module.load_state_dict({key: tensor.to(device, dtype) for key, tensor in self.items()}, assign=True)
+        return module.eval().requires_grad_(False)
+
+
+class BundlePart(Part):
+    """A part of a bundle's folder, nothing of which is read before it is needed; of class `cls` where CLASSES has no such part (evaluate.py's clip_image)."""
+
+    def __init__(self, folder, name, cls=None):
+        self.name, self.source, self.cls, self.layout = name, f"{folder}/{name}.pt", cls or CLASSES[name], Layout()
+        self.json = Path(folder) / f"{name}.json"
+
+    config = cached_property(lambda self: read_json(self.json))
+    tensors = cached_property(lambda self: completed(self.name, checked_state(load_checkpoint(self.source, mmap=True), self.source)))
+
+
+def completed(name, tensors):
+    """A part's tensors with T5's tied embedding once, and with the projection that CLIP-L's files may leave out: the identity."""
+    tensors = dict(tensors)
+    if name == "t5" and "encoder.embed_tokens.weight" in tensors:
+        tied = tensors.pop("encoder.embed_tokens.weight")
+        tensors.setdefault("shared.weight", tied)
+    if name == "clip_l" and "text_projection.weight" not in tensors and "text_model.final_layer_norm.weight" in tensors:
+        norm = tensors["text_model.final_layer_norm.weight"]
+        tensors["text_projection.weight"] = torch.eye(norm.numel(), dtype=norm.dtype)
+    return tensors
+
+
+def load_part(folder, name, device="cpu", cls=None):
+    """A bundle's part as a module in float32, in eval mode and frozen."""
+    return BundlePart(folder, name, cls).module(device)
+
 
 def save_part(folder, name, module, config, dtype=torch.float16):
     """`load_part` rebuilds the module from its constructor's arguments, `config`."""
@@ -99,57 +363,219 @@ def save_part(folder, name, module, config, dtype=torch.float16):
     write_json(Path(folder) / f"{name}.json", config)
 
 
-@torch.inference_mode(False)  # parts are loaded when first used, perhaps by `generate`, and may be trained later
-def load_part(folder, name, device="cpu", cls=None):
-    """The module in float32, in eval mode and frozen; of class `cls` where CLASSES has no such part (evaluate.py's clip_image)."""
-    cls = cls or CLASSES[name]
-    config, state = read_json(Path(folder) / f"{name}.json"), load_checkpoint(Path(folder) / f"{name}.pt")
-    try:
-        module = cls(**config)
-    except TypeError as error:
-        raise ValueError(f"{folder}/{name}.json does not describe a {cls.__name__}: {error}") from None
-    load_strictly(module, state, f"{folder}/{name}.pt")
-    return module.to(device).eval().requires_grad_(False)
+def checked_state(state, source):
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{source} holds no weights")
+    return state
+
+
+def check_names(wanted, there, source):
+    missing, unexpected = ([name[:100] for name in sorted(names)] for names in (wanted - there.keys(), there.keys() - wanted))
+    if missing or unexpected:
+        raise ValueError(f"{source} is of another architecture: {len(missing)} weights missing {missing[:2]}, {len(unexpected)} unknown {unexpected[:2]}")
 
 
 def load_strictly(module, state, source):
     """`module.load_state_dict(state)`; another architecture's weights are named in one line."""
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{source} holds no weights")
     own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        raise ValueError(f"{source} is of another architecture: {len(missing)} weights missing {missing[:2]}, {len(unexpected)} unknown {unexpected[:2]}")
+    check_names(own.keys(), checked_state(state, source), source)
     for key, value in own.items():
         if value.shape != state[key].shape:
             raise ValueError(f"{source} is of another size: {key} is {tuple(state[key].shape)}, the model has {tuple(value.shape)}")
     module.load_state_dict(state)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Bundles
+
 class Bundle:
-    """A trained SD3. Each part is loaded when first used and may be replaced by assignment: `bundle.mmdit = mine`."""
+    """A trained SD3, of any layout. Each part is loaded when first used, may be let go (`release`) and may be replaced by assignment: `bundle.mmdit = mine`.
 
-    def __init__(self, folder, device="cpu"):
-        self.folder, self.device = Path(folder), device
-        if not self.folder.is_dir():
-            raise ValueError(f"{folder} is no bundle folder")
-        self.config = read_json(self.folder / "config.json")
-        known = self.config.keys() if isinstance(self.config, dict) else ()
-        if lacking := [key for key in KEYS if key not in known]:
-            raise ValueError(f"{folder}/config.json is no bundle's: it lacks {', '.join(lacking)}")
+    parts: {name: Part}; config: what sampling starts from. dtype: of the MM-DiT and the text encoders. offload: no part stays longer than it is needed.
+    tokenizers: the folder to look for them in. loras: (file, scale) pairs, added to the weights whenever they are loaded."""
 
-    mmdit = cached_property(lambda self: load_part(self.folder, "mmdit", self.device))
-    vae = cached_property(lambda self: load_part(self.folder, "vae", self.device))
+    def __init__(self, folder, parts, config, device="cpu", dtype=torch.float32, offload=False, tokenizers=None, loras=()):
+        self.folder, self.parts, self.config, self.device, self.dtype, self.offload = Path(folder), parts, config, device, dtype, offload
+        self.tokenizers, self.loras = Path(tokenizers or folder), [(read_lora(path), scale) for path, scale in loras]
 
-    @cached_property
-    def text(self):
-        parts = {name: load_part(self.folder, name, self.device) for name in ("clip_l", "clip_g", "t5")}
-        return text_encoders(self.folder, self.config, parts)
+    def part(self, name):
+        if name not in self.parts:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{self.folder} holds no {name}: give it by {flag} FILE" + (f", or name only {', '.join(e for e in ENCODERS if e in self.parts)} in --encoders"
+                                                                                         if name in ENCODERS else ""))
+        return self.parts[name]
+
+    def load(self, name):
+        """A part as a module. float16 overflows in T5's feed-forward, which gets bfloat16; the autoencoder, small, stays in float32."""
+        dtype = torch.float32 if name == "vae" else torch.bfloat16 if (name, self.dtype) == ("t5", torch.float16) else self.dtype
+        module = self.part(name).module(self.device, dtype)
+        for lora, scale in self.loras:
+            apply_lora(module, name, lora, scale)
+        return module
+
+    mmdit = cached_property(lambda self: self.load("mmdit"))
+    vae = cached_property(lambda self: self.load("vae"))
+    text = cached_property(lambda self: TextEncoders(sizes=self.text_sizes(), load=lambda name: (self.tokenizer(name), self.load(name))[::-1], keep=not self.offload))
+
+    def release(self, name):
+        """Under `offload`: let go of a part until it is used again. One that was assigned is lost."""
+        if self.offload:
+            vars(self).pop(name, None)
+
+    def text_sizes(self):
+        """Channels of each encoder; of those that are not here, what the MM-DiT leaves for them."""
+        widths = {name: self.parts[name].config["width"] for name in ENCODERS if name in self.parts}
+        if len(widths) < len(ENCODERS):
+            mmdit = self.part("mmdit").config
+            widths.setdefault("t5", mmdit["context_dim"])
+            widths.setdefault("clip_l", mmdit["pooled_dim"] - widths.get("clip_g", 0))
+            widths.setdefault("clip_g", mmdit["pooled_dim"] - widths["clip_l"])
+        return TextSizes(**widths, clip_length=self.config["clip_length"], t5_length=self.config["t5_length"])
+
+    def tokenizer_folder(self, name):
+        """Where a tokenizer's files are: under the name that bundles or diffusers give their folder, or in the folder itself."""
+        ours, theirs, file = ("t5_tokenizer", "tokenizer_3", "tokenizer.json") if name == "t5" else ("clip_tokenizer", "tokenizer", "merges.txt")
+        for place in (f"{ours}/{file}", f"{theirs}/{file}", f"{theirs}/tokenizer.json", file):
+            if (self.tokenizers / place).is_file():
+                return (self.tokenizers / place).parent
+        raise ValueError(f"no {file} for {name} in {self.tokenizers}, its {ours} or its {theirs}: give its folder by --tokenizers DIR")
+
+    def tokenizer(self, name):
+        folder = self.tokenizer_folder(name)
+        if name == "t5":
+            return UnigramTokenizer.from_folder(folder, self.config["t5_length"])
+        return BPETokenizer.from_folder(folder, self.config["clip_length"], pad=0 if name == "clip_g" else None)
 
 
-def load_bundle(path, device="cpu"):
-    """The bundle in a folder; nothing but its config is read yet."""
-    return Bundle(path, device)
+def load_bundle(path, device="cpu", files=None, t5_length=0, **options):
+    """The SD3 in a bundle's folder, a diffusers folder or a file of Stability's; of weights only names and shapes are read yet.
+
+    files: {part: a safetensors file of its own}; t5_length: tokens that T5 sees, 0 as recorded; options: Bundle's."""
+    path, files = Path(path), {name: file for name, file in (files or {}).items() if file}
+    read = read_stability if path.is_file() else read_diffusers if (path / "model_index.json").is_file() else read_bundle
+    parts, config = read(path)
+    for name, file in files.items():
+        tensors, _ = read_safetensors(file)
+        parts[name] = Part(name, file, with_prefix(tensors, PREFIXES[name]) or tensors)
+    if "mmdit" in parts and (files or read != read_bundle):
+        check_fit(parts)
+    config["t5_length"] = t5_length or config["t5_length"]
+    checked_config(config, path)
+    options["tokenizers"] = options.get("tokenizers") or (path.parent if path.is_file() else path)
+    return Bundle(path, parts, config, device, **options)
+
+
+def read_bundle(folder):
+    """-> {name: part}, config; as the other two readers."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no bundle folder")
+    parts = {name: BundlePart(folder, name) for name in CLASSES if any((folder / f"{name}{end}").exists() for end in (".json", ".pt"))}
+    return parts, checked_config(read_json(folder / "config.json"), f"{folder}/config.json")
+
+
+def checked_config(config, source):
+    """Sampling defaults, if each is there and of the presets' type."""
+    if lacking := [key for key in KEYS if not isinstance(config, dict) or key not in config]:
+        raise ValueError(f"{source} is no bundle's: it lacks {', '.join(lacking)}")
+    for key in KEYS:
+        kind = type((RELEASED | PRESETS["sd3-medium"])[key])
+        if not isinstance(config[key], (kind, int) if kind is float else kind):
+            raise ValueError(f"{source}: {key} is {config[key]!r}, not of type {kind.__name__}")
+        if key.endswith("_length") and not 3 <= config[key] <= 512:
+            raise ValueError(f"{source}: {key} is {config[key]} tokens; it must be in 3..512")
+    return config
+
+
+def with_prefix(tensors, prefix):
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+FOREIGN = {".lora_": "a LoRA, to be given by --lora", "lora_unet": "a LoRA of another kind", "double_blocks.": "FLUX", "input_blocks.": "Stable Diffusion 1, 2 or XL",
+           "transformer_blocks.": "one file of a diffusers folder, which is to be given as a whole", "text_model.": "a text encoder, to be given by --clip-l or --clip-g",
+           "DenseReluDense": "a text encoder, to be given by --t5"}
+
+
+def read_stability(path):
+    tensors, metadata = read_safetensors(path)
+    owned = {name: with_prefix(tensors, prefix) for name, prefix in PREFIXES.items()}
+    strays = [name for name in tensors if not name.startswith(tuple(PREFIXES.values())) and not IGNORED.match(name)]
+    if "x_embedder.proj.weight" in tensors:  # the MM-DiT alone, without its prefix
+        owned, strays = {"mmdit": tensors}, []
+    if "x_embedder.proj.weight" not in owned["mmdit"]:
+        kind = next((kind for mark, kind in FOREIGN.items() if any(mark in name for name in tensors)), f"not known ({len(tensors)} tensors, {sorted(tensors)[:1]})")
+        raise ValueError(f"{path} holds no MM-DiT of SD3; it is {kind}")
+    if strays:
+        raise ValueError(f"{path} has {len(strays)} tensors that belong to no part of SD3: {strays[:2]}")
+    parts = {name: Part(name, path, own) for name, own in owned.items() if own}
+    return parts, json_config(metadata["nanosd3"], path) if "nanosd3" in metadata else preset(parts["mmdit"].config)
+
+
+def json_config(text, source):
+    """The config that we write into the header of a file of ours."""
+    try:
+        return checked_config(json.loads(text), source)
+    except json.JSONDecodeError:
+        raise ValueError(f"{source}: the config in its header is no JSON") from None
+
+
+def read_diffusers(folder):
+    kind = read_object(folder / "model_index.json").get("_class_name")
+    if not str(kind).startswith("StableDiffusion3"):
+        raise ValueError(f"{folder} is a {kind}, not a StableDiffusion3Pipeline")
+    parts = {name: diffusers_part(folder / sub, name) for name, sub in FOLDERS.items() if (folder / sub).is_dir()}
+    if "mmdit" not in parts:
+        raise ValueError(f"{folder}/transformer is not there")
+    if (folder / "config.json").is_file():  # written here
+        return parts, checked_config(read_json(folder / "config.json"), f"{folder}/config.json")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    shift = {key: value for key, value in (read_object(scheduler) if scheduler.is_file() else {}).items() if key == "shift"}
+    return parts, preset(parts["mmdit"].config) | shift
+
+
+def diffusers_part(folder, name):
+    tensors = read_shards(folder)
+    block = {"mmdit": "transformer_blocks.{}.attn.to_q.weight", "vae": "encoder.down_blocks.{}.resnets.0.conv1.weight"}
+    part = Part(name, folder, tensors, DiffusersLayout(name, count(block[name], tensors) if name in block else 0))
+    told = read_object(folder / "config.json")
+    for ours, theirs in TOLD[name].items():
+        kind = type(arguments(part.cls, {})[ours])
+        if not isinstance(told.get(theirs), (kind, int)):
+            raise ValueError(f"{folder}/config.json: {theirs} is {told.get(theirs)!r}, not of type {kind.__name__}")
+        part.config[ours] = told[theirs]
+    return part
+
+
+def read_shards(folder):
+    """All tensors of a diffusers part: one file, or those that an index lists; half precision where there is nothing else."""
+    for name, variant in itertools.product(("diffusion_pytorch_model", "model"), ("", ".fp16")):
+        index, single = folder / f"{name}.safetensors.index{variant}.json", folder / f"{name}{variant}.safetensors"
+        if index.is_file():
+            weight_map = read_object(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) and re.fullmatch(r"[\w.-]+\.safetensors", file) for file in weight_map.values()):
+                raise ValueError(f"{index} does not map weights to files of its own folder")
+            tensors = {}
+            for file in sorted({*weight_map.values()}):
+                tensors |= read_safetensors(folder / file)[0]
+            check_names(weight_map.keys(), tensors, index)
+            return tensors
+        if single.is_file():
+            return read_safetensors(single)[0]
+    raise ValueError(f"{folder} holds no safetensors weights")
+
+
+def preset(mmdit):
+    """Sampling defaults of the released model that an MM-DiT's architecture is."""
+    return RELEASED | PRESETS["sd3.5-medium" if mmdit["dual_attention_blocks"] else "sd3.5-large" if mmdit["qk_norm"] else "sd3-medium"]
+
+
+def check_fit(parts):
+    """Refuse encoders that the MM-DiT was not trained with."""
+    mmdit, widths = parts["mmdit"].config, {name: parts[name].config["width"] for name in ENCODERS if name in parts}
+    clips = [widths[name] for name in ("clip_l", "clip_g") if name in widths]
+    if len(clips) == 2 and sum(clips) != mmdit["pooled_dim"] or sum(clips) > mmdit["pooled_dim"] or widths.get("t5", mmdit["context_dim"]) != mmdit["context_dim"]:
+        raise ValueError(f"the MM-DiT takes {mmdit['pooled_dim']} channels of CLIP's and {mmdit['context_dim']} of T5's, the encoders have {widths}")
+    if "vae" in parts and (latents := parts["vae"].config["latent_channels"]) != mmdit["in_channels"]:
+        raise ValueError(f"the MM-DiT takes latents of {mmdit['in_channels']} channels, the autoencoder makes {latents}")
 
 
 def save_bundle(bundle, path):
@@ -173,11 +599,223 @@ def copy_parts(source, target, names=(*CLASSES, "clip_image", "clip_tokenizer", 
                 write(Path(target) / file.name, lambda temporary: shutil.copyfile(file, temporary))
 
 
-def text_encoders(folder, config, parts):
-    """The ensemble of loaded encoders {name: module} with the tokenizers of a bundle folder, every part of it or some."""
-    widths = {name: read_json(Path(folder) / f"{name}.json")["width"] for name in ("clip_l", "clip_g", "t5")}
-    sizes = TextSizes(**widths, clip_length=config["clip_length"], t5_length=config["t5_length"])
-    clip, t5 = Path(folder) / "clip_tokenizer", Path(folder) / "t5_tokenizer"
-    tokenizers = {"clip_l": BPETokenizer.from_folder(clip, sizes.clip_length), "clip_g": BPETokenizer.from_folder(clip, sizes.clip_length, pad=0),
-                  "t5": UnigramTokenizer.from_folder(t5, sizes.t5_length)}
-    return TextEncoders(**parts, tokenizers=tokenizers, sizes=sizes)
+# ---------------------------------------------------------------------------------------------------------------
+# Export: the same bytes in another layout
+
+SHARD = 5_000_000_000      # bytes of a file in a diffusers folder, as there
+
+
+def laid_out(part, layout):
+    """{the layout's name: tensor} of a part. What the layout has no place for is refused: a config that would be read back as another."""
+    told = TOLD[part.name] if isinstance(layout, DiffusersLayout) else {}
+    ours, back = arguments(part.cls, part.config), arguments(part.cls, CONFIGS[part.name](part))
+    for key in ours.keys() - {"base_size", "attention", "clip_length"}:  # which only make what is stored, choose a kernel, or matter to three sets of weights
+        if isinstance(ours[key], list) and key in told or ours[key] != back[key] and key not in told:
+            raise ValueError(f"the layout has no place for {part.name}'s {key} = {ours[key]}; a reader would take it for {back[key]}")
+    return {name: tensor for key, value in part.items() for name, tensor in zip(layout.names(key), layout.split(key, value))}
+
+
+def arguments(cls, config):
+    """A constructor's arguments, the defaults included, as JSON has them."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+    return {name: list(value) if isinstance(value, (tuple, range)) else value for name, value in (defaults | config).items()}
+
+
+def export_stability(bundle, path):
+    """One file. Released ones have T5's tied embedding under both names, and no projection for CLIP-L where it is the identity."""
+    tensors = {}
+    for name, part in bundle.parts.items():
+        own = laid_out(part, Layout())
+        if name == "t5":
+            own["encoder.embed_tokens.weight"] = own["shared.weight"].clone()   # safetensors refuses to write one memory twice
+        if name == "clip_l" and (own["text_projection.weight"].float() == torch.eye(part.config["width"])).all():
+            del own["text_projection.weight"]
+        tensors |= {PREFIXES[name] + key: tensor for key, tensor in own.items()}
+    write_safetensors(path, tensors, {"nanosd3": json.dumps(bundle.config)})
+
+
+def export_diffusers(bundle, path):
+    """A folder that `StableDiffusion3Pipeline.from_pretrained` loads."""
+    write_folder(path, partial(fill_diffusers, bundle))
+
+
+def fill_diffusers(bundle, folder):
+    index = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.29.0", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+             **{sub: [None, None] for sub in FOLDERS.values()}, **dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"), [None, None])}
+    for name, part in bundle.parts.items():
+        config, sub = diffusers_config(part, bundle.config), folder / FOLDERS[name]
+        tensors = laid_out(part, DiffusersLayout(name, part.config["depth"] if name == "mmdit" else len(part.config["multipliers"]) if name == "vae" else 0))
+        write_shards(sub, "model" if name in ENCODERS else "diffusion_pytorch_model", tensors)
+        write_json(sub / "config.json", config)
+        index[FOLDERS[name]] = ["transformers", config["architectures"][0]] if name in ENCODERS else ["diffusers", config["_class_name"]]
+        if name in ENCODERS:
+            tokenizer = FOLDERS[name].replace("text_encoder", "tokenizer")
+            index[tokenizer] = ["transformers", export_tokenizer(bundle, name, folder / tokenizer)]
+    write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": bundle.config["shift"]})
+    write_json(folder / "model_index.json", index)
+    write_json(folder / "config.json", bundle.config)  # for us: diffusers has no place for it
+
+
+def write_shards(folder, name, tensors):
+    """One file, or several of at most SHARD bytes with an index."""
+    shards, room = [{}], SHARD
+    for key, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes > room:
+            shards, room = [*shards, {}], SHARD
+        shards[-1][key], room = tensor, room - tensor.nbytes
+    if len(shards) == 1:
+        return write_safetensors(folder / f"{name}.safetensors", tensors)
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"{name}-{i:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    write_json(folder / f"{name}.safetensors.index.json", {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": weight_map})
+
+
+def diffusers_config(part, bundle_config):
+    """The JSON beside a part in a diffusers folder."""
+    c = arguments(part.cls, part.config)
+    if part.name == "mmdit":
+        return {"_class_name": "SD3Transformer2DModel", "sample_size": bundle_config["resolution"] // 8, "patch_size": c["patch_size"], "in_channels": c["in_channels"],
+                "out_channels": c["out_channels"] or c["in_channels"], "num_layers": c["depth"], "num_attention_heads": c["depth"], "attention_head_dim": HEAD_DIM,
+                "joint_attention_dim": c["context_dim"], "caption_projection_dim": HEAD_DIM * c["depth"], "pooled_projection_dim": c["pooled_dim"],
+                "pos_embed_max_size": c["pos_embed_max_size"], "dual_attention_layers": c["dual_attention_blocks"], "qk_norm": "rms_norm" if c["qk_norm"] else None}
+    if part.name == "vae":
+        levels = len(c["multipliers"])
+        return {"_class_name": "AutoencoderKL", "block_out_channels": [c["channels"] * m for m in c["multipliers"]], "latent_channels": c["latent_channels"],
+                "layers_per_block": c["blocks"], "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
+                "use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": c["attention"], "norm_num_groups": c["groups"],
+                "scaling_factor": c["scale"], "shift_factor": c["shift"], "sample_size": bundle_config["resolution"], "in_channels": 3, "out_channels": 3, "act_fn": "silu"}
+    if part.name == "t5":
+        return {"architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": c["vocab_size"], "d_model": c["width"], "num_layers": c["layers"], "num_heads": c["heads"],
+                "d_kv": c["head_dim"], "d_ff": c["mlp"], "relative_attention_num_buckets": c["buckets"], "relative_attention_max_distance": c["max_distance"],
+                "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False, "eos_token_id": 1, "pad_token_id": 0}
+    return {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model", "vocab_size": c["vocab_size"], "max_position_embeddings": c["length"],
+            "hidden_size": c["width"], "num_hidden_layers": c["layers"], "num_attention_heads": c["heads"], "intermediate_size": c["mlp"], "hidden_act": c["activation"],
+            "projection_dim": c["projection"], "bos_token_id": c["eos"] - 1, "eos_token_id": c["eos"], "pad_token_id": 0 if part.name == "clip_g" else c["eos"]}
+
+
+def export_tokenizer(bundle, name, folder):
+    """Writes it as transformers reads it; returns transformers' class."""
+    tokenizer = bundle.tokenizer(name)
+    write_folder(folder, tokenizer.save)
+    if name == "t5":
+        config = {"tokenizer_class": "T5TokenizerFast", "model_max_length": 512, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": len(tokenizer.sentinels)}
+    else:
+        bos, eos = tokenizer.SPECIAL
+        pad = next(entry for entry, i in tokenizer.vocab.items() if i == tokenizer.pad)
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": bundle.config["clip_length"], "bos_token": bos, "eos_token": eos, "unk_token": eos, "pad_token": pad}
+    write_json(folder / "tokenizer_config.json", config)
+    return config["tokenizer_class"]
+
+
+def export_bundle(bundle, path):
+    """A bundle's folder."""
+    write_folder(path, partial(fill_bundle, bundle))
+
+
+def fill_bundle(bundle, folder):
+    for name, part in bundle.parts.items():
+        save_checkpoint(folder / f"{name}.pt", dict(part.items()))
+        write_json(folder / f"{name}.json", part.config)
+        if name in ENCODERS:
+            write_folder(folder / ("t5_tokenizer" if name == "t5" else "clip_tokenizer"), bundle.tokenizer(name).save)
+    write_json(folder / "config.json", bundle.config)
+
+
+EXPORTS = {"stability": export_stability, "diffusers": export_diffusers, "bundle": export_bundle}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# LoRA files in the layout of diffusers and PEFT: for each linear layer, by its diffusers name, A (rank, in) and B (out, rank)
+
+LORA_PREFIXES = {"mmdit": "transformer.", "clip_l": "text_encoder.", "clip_g": "text_encoder_2."}
+
+
+def read_lora(path):
+    """{part: {layer: its update B A (out, in), as (A, B), the file's own alpha / rank included in B}}"""
+    tensors, metadata = read_safetensors(path)
+    loras = {name: {} for name in LORA_PREFIXES}
+    layers = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
+    known = {layer + end for layer in layers for end in (".lora_A.weight", ".lora_B.weight")}
+    strays = sorted(known - tensors.keys() | {key for key in tensors.keys() - known if key.removesuffix(".alpha") not in layers})
+    if strays or not layers:
+        raise ValueError(f"{path} is no LoRA in PEFT's layout" + (f": {strays[0]} is missing or unknown" if strays else ""))
+    for layer in layers:
+        a, b = (tensors[f"{layer}.lora_{which}.weight"].float() for which in "AB")
+        name = next((name for name, prefix in LORA_PREFIXES.items() if layer.startswith(prefix)), None)
+        if name is None:
+            raise ValueError(f"{path} is for {layer}, which is no layer of SD3's")
+        if min(a.ndim, b.ndim) < 2 or not 0 < len(a) == b.shape[1]:
+            raise ValueError(f"{path}: {layer} has A {tuple(a.shape)} and B {tuple(b.shape)}, which do not multiply to an update")
+        loras[name][layer.removeprefix(LORA_PREFIXES[name])] = a, b * (lora_alpha(tensors.get(f"{layer}.alpha"), metadata, LORA_PREFIXES[name], len(a), path) / len(a))
+    return loras
+
+
+def lora_alpha(alpha, metadata, prefix, rank, path):
+    """A layer's own alpha, or else what PEFT's settings in the header say, or else the rank."""
+    try:
+        if alpha is None:
+            alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get(prefix + "lora_alpha", rank)
+        return float(alpha)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: its alpha cannot be used: {first_line(error)}") from None
+
+
+@torch.inference_mode(False)
+def apply_lora(module, name, loras, scale):
+    """Add scale * B A to the weights of part `name`, out of place: they may be views of a file."""
+    lora, layout = loras.get(name, {}), DiffusersLayout("mmdit", len(module.joint_blocks)) if name == "mmdit" else Layout()
+    weights = {key: weight.detach() for key, weight in module.named_parameters() if key.endswith(".weight")}
+    unknown = lora.keys() - {file_name.removesuffix(".weight") for key in weights for file_name in layout.names(key)}
+    if unknown:
+        raise ValueError(f"the LoRA is of another model: the {name} has no layer {min(unknown)}")
+    for key, weight in weights.items():
+        layers = [file_name.removesuffix(".weight") for file_name in layout.names(key)]
+        if lora.keys() & layers:
+            updates = [update(lora.get(layer), rows, layer) for layer, rows in zip(layers, layout.split(key, weight))]
+            module.get_parameter(key).data = (weight + scale * layout.join(key, updates)).to(weight.dtype)
+
+
+def update(factors, weight, layer):
+    """B A in the shape of `weight`; zeros without factors."""
+    if factors is None:
+        return torch.zeros(weight.shape, device=weight.device)
+    a, b = (factor.to(weight.device).flatten(1) for factor in factors)
+    if (b.shape[0], a.shape[1]) != weight.flatten(1).shape:
+        raise ValueError(f"the LoRA is of another size: {layer} is {b.shape[0]} x {a.shape[1]}, the model has {' x '.join(map(str, weight.shape))}")
+    return (b @ a).view(weight.shape)
+
+
+def save_lora(path, factors, depth):
+    """Write updates of an MM-DiT: {our name of a linear layer: (A (rank, in), B (out, rank))}; the weight's update is B A."""
+    layout, tensors = DiffusersLayout("mmdit", depth), {}
+    for key, (a, b) in factors.items():
+        for layer, rows in zip(layout.names(key), layout.split(key, b)):
+            tensors |= {f"transformer.{layer}.lora_A.weight": a.clone(), f"transformer.{layer}.lora_B.weight": rows.contiguous()}
+    write_safetensors(path, tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
+
+def main():
+    parser = Parser(prog="checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    export = parser.add_subparsers(dest="command", required=True).add_parser("export", help="write a model in another layout, every tensor's bytes as they are")
+    export.add_argument("--format", required=True, choices=EXPORTS)
+    for name in ("vae", *ENCODERS):
+        export.add_argument("--" + name.replace("_", "-"), metavar="FILE", help=f"{name} in a safetensors file of its own")
+    export.add_argument("--tokenizers", metavar="DIR", help="folder of vocab.json, merges.txt (CLIP) and tokenizer.json (T5), if they are not beside the weights")
+    export.add_argument("input", metavar="IN", help="a bundle's folder, a diffusers folder, a file of Stability's")
+    export.add_argument("output", metavar="OUT")
+    args = parser.parse_args()
+    if Path(args.output).exists():
+        raise ValueError(f"{args.output} is already there")
+    bundle = load_bundle(args.input, files={name: getattr(args, name) for name in ("vae", *ENCODERS)}, tokenizers=args.tokenizers)
+    EXPORTS[args.format](bundle, args.output)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    one_line_errors(main)

@@ -120,8 +120,8 @@ def detect(image):
         things += [board] if board else []
         for part in [] if board else components(mask & (distance > 0.6 * around)):  # the half-covered pixels between two neighbours join nothing
             if part.sum() > 0.03 * cell ** 2 and distance[part].max() > 75:  # smaller or fainter is a blemish, not an object
-                box = part.any(1)[:, None] & part.any(0)  # of a sign, the ink may be lost
-                things.append(sign(pixels, mask & box, cell) or shape(pixels, part, ground, distance, cell))
+                board = part.any(1)[:, None] & part.any(0) & (distance > 0.5 * np.median(distance[part]))  # of a sign, the ink may be lost
+                things.append(sign(pixels, board, cell) or shape(pixels, part, ground, distance, cell))
     boards = [t for t in things if t.word]  # counters of letters are not things of their own
     things = [t for t in things if t.word or not any(abs(t.x - b.x) < b.half[0] and abs(t.y - b.y) < b.half[1] for b in boards)]
     return list(data.BACKGROUNDS)[nearest(ground, GROUNDS)[0]], things

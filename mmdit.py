@@ -111,14 +111,19 @@ def attention(q, k, v):
 ATTENTIONS = {'sdpa': attention, 'fused': fused_attention}
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)       # torch's kernel wants one dtype, which autocast does not give
+
+
 class SelfAttention(nn.Module):
     """The weights of one stream around the joint attention: in (QKV, their optional RMSNorm, Sec. 5.3.2) and out."""
 
     def __init__(self, width, qk_norm, project=True):
         super().__init__()
         self.qkv = nn.Linear(width, 3 * width)
-        self.ln_q = nn.RMSNorm(HEAD_DIM, eps=1e-6) if qk_norm else nn.Identity()
-        self.ln_k = nn.RMSNorm(HEAD_DIM, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_q = RMSNorm(HEAD_DIM, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_k = RMSNorm(HEAD_DIM, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width) if project else None
 
     def heads(self, x):
@@ -137,7 +142,7 @@ def modulate(x, shift, scale):
 
 
 def modulation(width, vectors):
-    """adaLN's linear: (B, D) -> (B, vectors * D). Its SiLU is applied once for all blocks, in `MMDiT.forward`; it holds place 0 for the released names."""
+    """adaLN's linear: (B, D) -> (B, vectors * D). Its SiLU is applied once for all blocks, in `MMDiT.modulations`; it holds place 0 for the released names."""
     return nn.Sequential(nn.Identity(), nn.Linear(width, vectors * width))
 
 
@@ -162,10 +167,11 @@ class Stream(nn.Module):
         self.attn2 = SelfAttention(width, qk_norm) if dual else None
         self.mlp = None if qkv_only else MLP(width)
 
-    def before(self, x, c):
-        """(B, N, D), (B, D) -> q, k, v (B, N, H, 64) for the joint attention, and the modulation left for `after`."""
-        shift, scale, *rest = self.adaLN_modulation(c)[:, None].chunk(self.vectors, dim=2)       # each (B, 1, D)
-        return self.attn.heads(modulate(norm(x), shift, scale)), rest
+    def before(self, x, m):
+        """(B, N, D), modulation (B, vectors * D) -> q, k, v (B, N, H, 64) for the joint attention, and the modulation left for `after`."""
+        shift, scale, *rest = m[:, None].chunk(self.vectors, dim=2)           # each (B, 1, D)
+        q, k, v = self.attn.heads(modulate(norm(x), shift, scale))
+        return (q if rest else q[:, :0], k, v), rest                          # a stream that ends here asks nothing
 
     def after(self, x, y, rest, attend):
         """The stream x and what it attended to, y, both (B, N, D) -> (B, N, D)."""
@@ -189,11 +195,11 @@ class JointBlock(nn.ModuleDict):
         y = self.attention(*(x.transpose(1, 2) for x in (q, k, v)))           # (B, T, H, 64) -> (B, H, T, 64)
         return y.transpose(1, 2).flatten(2)                                   # (B, T, D)
 
-    def forward(self, xs, c):
-        """One (B, N, D) a stream, (B, D) -> the same, without the streams that end here."""
-        qkv, rests = zip(*(stream.before(x, c) for stream, x in zip(self.values(), xs)))
+    def forward(self, xs, ms):
+        """One (B, N, D) and one modulation a stream -> the streams (B, N, D), without those that end here."""
+        qkv, rests = zip(*(stream.before(x, m) for stream, x, m in zip(self.values(), xs, ms)))
         y = self.attend(*(torch.cat(parts, dim=1) for parts in zip(*qkv)))    # (B, T, D)
-        ys = y.split([x.shape[1] for x in xs], dim=1)
+        ys = y.split([q.shape[1] for q, _, _ in qkv], dim=1)
         return [stream.after(x, y, rest, self.attend) for stream, x, y, rest in zip(self.values(), xs, ys, rests) if rest]
 
 
@@ -223,8 +229,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = modulation(width, 2)
         self.linear = nn.Linear(width, out_dim)
 
-    def forward(self, x, c):
-        return self.linear(modulate(norm(x), *self.adaLN_modulation(c)[:, None].chunk(2, dim=2)))
+    def forward(self, x, m):
+        return self.linear(modulate(norm(x), *m[:, None].chunk(2, dim=2)))
 
 
 class MMDiT(nn.Module):
@@ -274,18 +280,26 @@ class MMDiT(nn.Module):
 
     def forward(self, latents, t, context, pooled):
         """(B, C, h, w), (B,) in [0, 1], (B, L, context_dim), (B, pooled_dim) -> (B, out_channels, h, w)"""
+        return self.denoise(latents, self.context_embedder(context), self.modulations(t, pooled))
+
+    def modulations(self, t, pooled):
+        """(B,), (B, pooled_dim) -> what adaLN does in each stream of each block, then in the final layer: a list of (B, vectors * D). No latents: a sampler may ask for all its steps at once."""
+        c = F.silu(self.t_embedder(embed_timestep(t).to(pooled.dtype)) + self.y_embedder(pooled))      # (B, D); every modulation starts with it
+        return [layer.adaLN_modulation(c) for layer in (*(stream for block in self.joint_blocks for stream in block.values()), self.final_layer)]
+
+    def denoise(self, latents, text, modulations):
+        """`forward` with its text embedded and its modulations known."""
         p = self.patch_size
         h, w = latents.shape[2] // p, latents.shape[3] // p
         if (h * p, w * p) != latents.shape[2:]:
             raise ValueError(f'latents are {latents.shape[2]} x {latents.shape[3]}, both sides must be multiples of the patch size {p}')
-
-        c = self.t_embedder(embed_timestep(t).to(pooled.dtype)) + self.y_embedder(pooled)      # (B, D)
-        c = F.silu(c)                                                         # every modulation starts with it
         x = self.x_embedder(latents) + self.cropped_positions(h, w)           # (B, N, D)
-        xs = [*self.context_embedder(context).tensor_split(self.context_splits, dim=1), x]     # one (B, ., D) a stream
-        if len(self.joint_blocks[0]) == 1:
+        xs = [*text.tensor_split(self.context_splits, dim=1), x]              # one (B, ., D) a stream
+        streams = len(self.joint_blocks[0])
+        if streams == 1:
             xs = [torch.cat(xs, dim=1)]
-        for block in self.joint_blocks:
-            xs = checkpoint(block, xs, c, use_reentrant=False) if self.checkpointing and self.training else block(xs, c)
-        x = self.final_layer(xs[-1][:, -h * w:], c)                           # (B, N, p * p * C)
+        for i, block in enumerate(self.joint_blocks):
+            ms = modulations[i * streams:(i + 1) * streams]
+            xs = checkpoint(block, xs, ms, use_reentrant=False) if self.checkpointing and self.training else block(xs, ms)
+        x = self.final_layer(xs[-1][:, -h * w:], modulations[-1])             # (B, N, p * p * C)
         return x.unflatten(2, (p, p, -1)).unflatten(1, (h, w)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)       # (B, C, h, w)

@@ -3,6 +3,8 @@
     python sample.py --prompt "a red circle above a blue square"
     python sample.py --prompt "three green stars" --num 16 --out stars.png
     python sample.py --prompts-file prompts.txt --weights runs/mine --steps 50 --cfg 3 --trajectory steps.gif
+    python sample.py --prompt "a red star" --init-image out.png --strength 0.7 --mask hole.png
+    python sample.py --prompt "a fox in the snow" --weights sd3_medium_incl_clips_t5xxlfp8.safetensors --tokenizers DIR --dtype bf16 --offload
 
 `generate()` is what train.py, evaluate.py and the experiments use.
 """
@@ -20,8 +22,15 @@ class SampleConfig:
     prompts_file: str = flag("", "a text file with a prompt a line", "text")
     negative_prompt: str = flag("", "what to steer away from, instead of from no text at all", "text")
     encoders: str = flag("clip_l,clip_g,t5", "text encoders to use; the others' embeddings are zeros", "text")
-    weights: str = flag("weights/mini", "a bundle folder", "weights")
+    t5_length: int = flag(0, "length of T5's part of the context; 0: the bundle's", "text", unit="tokens")
+    tokenizers: str = flag("", "folder of vocab.json and merges.txt (CLIP) and tokenizer.json (T5); empty: beside the weights", "text")
+    weights: str = flag("weights/mini", "a bundle folder, a safetensors file of Stability's, a diffusers folder", "weights")
     mmdit: str = flag("", "an MM-DiT checkpoint of train.py to use in place of the bundle's", "weights")
+    vae: str = flag("", "a safetensors file with the autoencoder, where --weights has none", "weights")
+    clip_l: str = flag("", "the same for CLIP-L", "weights")
+    clip_g: str = flag("", "the same for CLIP-G", "weights")
+    t5: str = flag("", "the same for T5", "weights")
+    lora: tuple = flag((), "a LoRA in diffusers' layout, FILE or FILE:SCALE", "weights")
     steps: int = flag(0, "steps of the sampler; 0: the bundle's", "sampling")
     cfg: float = flag(-1.0, "guidance scale, 1 is none; -1: the bundle's", "sampling")
     shift: float = flag(0.0, "timestep shift alpha of Eq. 23; 0: the bundle's", "sampling")
@@ -30,11 +39,15 @@ class SampleConfig:
     width: int = flag(None, "width, a multiple of 16; the bundle's unless given", "picture", unit="pixels")
     height: int = flag(None, "height, a multiple of 16; the bundle's unless given", "picture", unit="pixels")
     num: int = flag(1, "pictures a prompt", "picture")
+    init_image: str = flag("", "picture to start from; its size is the default of --width and --height", "picture")
+    strength: float = flag(0.6, "how much of --init-image is drawn anew, from 0 (nothing) to 1 (all)", "picture")
+    mask: str = flag("", "picture that is white where --init-image is to be redrawn, black where it stays", "picture")
     out: str = flag("out.png", "file to write; several pictures make a grid", "picture")
     zoom: int = flag(1, "enlarge each pixel of the file to zoom x zoom", "picture")
     trajectory: str = flag("", "also write a GIF of the data estimate at each step", "picture")
     device: str = flag("cpu", "cpu, cuda, cuda:1, mps", "machine")
-    dtype: str = flag("fp32", "precision of the MM-DiT", "machine", choices=("fp32", "bf16", "fp16"))
+    dtype: str = flag("fp32", "precision of the MM-DiT and the text encoders (T5 never in fp16, which it overflows)", "machine", choices=("fp32", "bf16", "fp16"))
+    offload: bool = flag(False, "load each part only while it is needed: less memory, slower", "machine")
 
 
 if __name__ == "__main__":
@@ -44,15 +57,18 @@ import contextlib
 import inspect
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import checkpoint
 from flow import formulation
-from samplers import SAMPLERS, guided, parts, timesteps
+from samplers import SAMPLERS, guided, keeping, parts, start_from, timesteps
 
 MAX_PROMPT, MAX_SIDE = 2000, 4096
+MAX_ROWS = 2048  # times x samples whose modulations are made ahead of sampling: 0.1 GB for the miniature
 
 
 def check_prompts(prompts):
@@ -73,6 +89,16 @@ def check_size(width, height):
             raise ValueError(f"{name} is {side} pixels; it must be a multiple of 16 between 16 and {MAX_SIDE}")
 
 
+def check_init(init, mask, strength, width, height):
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}, it must be above 0 and at most 1")
+    if mask is not None and init is None:
+        raise ValueError("a mask needs the picture that it belongs to")
+    for what, side, wanted in (("picture to start from", init, (3, height, width)), ("mask", mask, (height, width))):
+        if side is not None and side.shape != wanted:
+            raise ValueError(f"the {what} is {tuple(side.shape)}, it must be {wanted} to draw {width} x {height} pixels")
+
+
 def check_device(name):
     try:
         torch.empty(0, device=name)
@@ -80,20 +106,33 @@ def check_device(name):
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def guided_velocity(bundle, prompts, cfg, negative_prompt="", encoders=("clip_l", "clip_g", "t5"), dtype=torch.float32):
-    """velocity(z, t) of the bundle's MM-DiT for the prompts under guidance, text and no text in one batch."""
-    form, device = formulation(bundle.config["formulation"]), next(bundle.mmdit.parameters()).device
-    context, pooled = (x.to(device, dtype) for x in bundle.text.encode(prompts, encoders))
-    null_context, null_pooled = torch.zeros_like(context), torch.zeros_like(pooled)  # as in training (Sec. 5.1)
-    if negative_prompt:
-        null_context, null_pooled = (x.to(device, dtype).expand_as(y) for x, y in zip(bundle.text.encode([negative_prompt], encoders), (context, pooled)))
+def guided_velocity(bundle, prompts, cfg, negative_prompt="", encoders=("clip_l", "clip_g", "t5"), ts=()):
+    """velocity(z, t) of the bundle's MM-DiT for the prompts under guidance, text and no text in one batch.
+
+    No text is what it was in training: zeros (Sec. 5.1) or, for released weights, the empty prompt. What the latents do not change is done once:
+    the text's embedding and, of the times `ts` that are known before, all modulations in one product."""
+    from_text = cfg != 1 and (negative_prompt or bundle.config.get("unconditional") == "empty prompt")
+    context, pooled = bundle.text.encode([*prompts, negative_prompt] if from_text else prompts, encoders)
+    form, like = formulation(bundle.config["formulation"]), next(bundle.mmdit.parameters())
+    context, pooled = context.to(like), pooled.to(like)
+    null_context, null_pooled = torch.zeros_like(context), torch.zeros_like(pooled)
+    if from_text:
+        context, pooled, null_context, null_pooled = context[:-1], pooled[:-1], context[-1:].expand_as(context[:-1]), pooled[-1:].expand_as(pooled[:-1])
 
     def field(context, pooled):
+        text, n = bundle.mmdit.context_embedder(context), len(pooled)
+        early = torch.as_tensor(ts if len(ts) * n <= MAX_ROWS else (), device=like.device)
+        table = bundle.mmdit.modulations(early.repeat_interleave(n), pooled.repeat(len(early), 1))
+        known = {t: [m[i * n:(i + 1) * n] for m in table] for i, t in enumerate(early.tolist())}
+
         def velocity(z, t):
-            return form.velocity(bundle.mmdit(form.input(z, t).to(dtype), t, context, pooled).float(), z, t)
+            modulations = known.get(float(t[0])) or bundle.mmdit.modulations(t, pooled)
+            return form.velocity(bundle.mmdit.denoise(form.input(z, t).to(like.dtype), text, modulations).float(), z, t)
         return velocity
 
-    return guided(field(context, pooled), None, cfg, joint=field(torch.cat([context, null_context]), torch.cat([pooled, null_pooled])))
+    if cfg == 1:
+        return field(context, pooled)
+    return guided(None, None, cfg, joint=field(torch.cat([context, null_context]), torch.cat([pooled, null_pooled])))
 
 
 def initial_noise(bundle, n, seed, width, height):
@@ -105,11 +144,12 @@ def initial_noise(bundle, n, seed, width, height):
 
 @torch.inference_mode()
 def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, sampler="", seed=0, width=None, height=None,
-             encoders=("clip_l", "clip_g", "t5"), callback=None, dtype=torch.float32):
+             encoders=("clip_l", "clip_g", "t5"), callback=None, init=None, strength=0.6, mask=None):
     """One picture a prompt: uint8 (B, H, W, 3) on the CPU. What is None, 0, -1 or empty is as the bundle's config says; a side of 0 is refused.
 
     Picture i starts from noise of seed + i, so it does not depend on the others. `callback(i, t, images)` is given the data
-    estimate, decoded, before each step; it costs a decoding each time."""
+    estimate, decoded, before each step; it costs a decoding each time. init, an image (3, H, W) in [-1, 1], is the picture to start from: noised to
+    t = strength, and redrawn from there on. mask (H, W): 1 where that may be, 0 where every pixel stays."""
     defaults = bundle.config
     steps, shift, sampler = steps or defaults["steps"], shift or defaults["shift"], sampler or defaults["sampler"]
     cfg = defaults["cfg"] if cfg < 0 else cfg
@@ -117,22 +157,36 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
     check_size(width, height)
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    check_init(init, mask, strength, width, height)
     if abs(seed) > 2 ** 62:
         raise ValueError(f"seed is {seed}; at most 2^62 is taken")
     if not 1 <= steps <= 1000 or not 0 < shift <= 100:
         raise ValueError(f"steps is {steps} and shift {shift}; steps must be in 1..1000, shift above 0 and at most 100")
 
     form = formulation(defaults["formulation"])
-    z = form.start(initial_noise(bundle, len(prompts), seed, width, height))
-    ts = timesteps(steps, shift, form.t_max, form.t_min).to(z.device)
-    velocity = guided_velocity(bundle, prompts, cfg, negative_prompt, encoders, dtype)
+    ts = timesteps(steps, shift, form.t_max, form.t_min, defaults.get("schedule", "uniform"))
+    velocity = guided_velocity(bundle, prompts, cfg, negative_prompt, encoders, ts)   # first: an encoder may be let go before the MM-DiT is loaded
+    noise = initial_noise(bundle, len(prompts), seed, width, height)
+    z = form.start(noise)
+    if init is not None:
+        x0 = bundle.vae.to_latents(init[None].to(noise.device), sample=False)
+        z, ts = start_from(x0, noise, ts, strength, form)
+        if len(ts) < 2:
+            raise ValueError(f"a strength of {strength} leaves none of {steps} steps: take more steps or a higher strength")
+        if mask is not None:
+            velocity = keeping(velocity, x0, noise, F.max_pool2d(mask[None, None].to(noise), bundle.vae.factor), form)
     preview = callback and (lambda i, t, z, v: callback(i, float(t), to_uint8(bundle.vae.decode(parts(v, z, t, form)[0]))))
     options = {"path": form, "generator": torch.Generator().manual_seed(seed)}  # for the samplers that take them
     options = {k: v for k, v in options.items() if k in inspect.signature(SAMPLERS[sampler]).parameters}
-    z = SAMPLERS[sampler](velocity, z, ts, callback=preview, **options)
+    z = SAMPLERS[sampler](velocity, z, ts.to(z.device), callback=preview, **options)
+    bundle.release("mmdit")
     if not z.isfinite().all():
         raise ValueError(f"the sampler left finite numbers (guidance {cfg}, shift {shift}): no picture is written")
-    return to_uint8(bundle.vae.decode(z))
+    images = bundle.vae.decode(z)
+    bundle.release("vae")
+    if mask is not None:
+        images = torch.where(mask.to(images.device) > 0, images, init.to(images.device))
+    return to_uint8(images)
 
 
 def to_uint8(images):
@@ -163,6 +217,42 @@ def save_png(image, path, texts):
     checkpoint.write(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 
+def open_picture(path):
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except (Image.UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(f"{path} is no picture that can be read: {error}") from None
+
+
+def read_init(cfg):
+    """What `generate` needs to know of --init-image, --mask, --width and --height."""
+    if not cfg.init_image:
+        if cfg.mask:
+            raise ValueError("--mask needs the --init-image that it belongs to")
+        return {"width": cfg.width, "height": cfg.height}
+    with open_picture(cfg.init_image) as image:
+        size = image.width if cfg.width is None else cfg.width, image.height if cfg.height is None else cfg.height
+        check_size(*size)
+        pixels = torch.from_numpy(np.array(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)))
+    given = {"width": size[0], "height": size[1], "init": from_uint8(pixels[None])[0]}
+    if cfg.mask:
+        with open_picture(cfg.mask) as image:
+            given["mask"] = torch.from_numpy(np.array(image.convert("L").resize(size, Image.Resampling.NEAREST)) > 127).float()
+    return given
+
+
+def read_lora_flags(cfg):
+    """FILE:SCALE -> (file, scale); 1 where none is given."""
+    for text in cfg.lora:
+        file, _, scale = text.rpartition(":")
+        try:
+            yield (file, float(scale)) if file else (text, 1.0)
+        except ValueError:
+            yield text, 1.0
+
+
 def read_prompts(cfg):
     prompts = list(cfg.prompt)
     if cfg.prompts_file:
@@ -182,12 +272,13 @@ def main():
         if not parent.is_dir() or not os.access(parent, os.W_OK) or Path(path).is_dir():
             raise ValueError(f"{path} cannot be written: " + ("it is a folder" if Path(path).is_dir() else f"{parent} is no folder or not writable"))
     check_device(cfg.device)
-    bundle = checkpoint.load_bundle(cfg.weights, cfg.device)
-    if cfg.mmdit:
-        state = checkpoint.load_checkpoint(cfg.mmdit, cfg.device)
-        checkpoint.load_strictly(bundle.mmdit, state.get("ema", state) if isinstance(state, dict) else state, cfg.mmdit)
+    start = read_init(cfg)
+    files = {name: getattr(cfg, name) for name in ("vae", *checkpoint.ENCODERS)}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
-    bundle.mmdit.to(dtype)
+    bundle = checkpoint.load_bundle(cfg.weights, cfg.device, files, cfg.t5_length, dtype=dtype, offload=cfg.offload, tokenizers=cfg.tokenizers, loras=read_lora_flags(cfg))
+    if cfg.mmdit:
+        state = checkpoint.load_checkpoint(cfg.mmdit)
+        bundle.part("mmdit").replace(state.get("ema", state) if isinstance(state, dict) else state, cfg.mmdit)
     wanted = [p for p in prompts for _ in range(cfg.num)]
     frames = []
     steps = cfg.steps or bundle.config["steps"]
@@ -195,8 +286,8 @@ def main():
         def preview(i, t, images):
             frames.append(grid(images))
             bar.update()
-        images = generate(bundle, wanted, cfg.negative_prompt, cfg.steps, cfg.cfg, cfg.shift, cfg.sampler, cfg.seed, cfg.width, cfg.height,
-                          tuple(filter(None, cfg.encoders.split(","))), preview if cfg.trajectory else None, dtype)
+        images = generate(bundle, wanted, cfg.negative_prompt, cfg.steps, cfg.cfg, cfg.shift, cfg.sampler, cfg.seed,
+                          encoders=tuple(filter(None, cfg.encoders.split(","))), callback=preview if cfg.trajectory else None, strength=cfg.strength, **start)
     picture = grid(images)
     larger = (picture.width * cfg.zoom, picture.height * cfg.zoom)
     used = {name: bundle.config[name] for name in ("steps", "cfg", "shift", "sampler") if getattr(cfg, name) == getattr(SampleConfig, name)}

@@ -117,6 +117,15 @@ def start_from(x0, eps, ts, strength, path=STRAIGHT):
     return path.a(ts[0]) * x0 + path.b(ts[0]) * eps, ts
 
 
+def keeping(velocity, x0, eps, mask, path=STRAIGHT):
+    """Inpainting: the velocity where `mask` is 1; where it is 0 that of the path from eps to the known x0 (Eq. 5), at which any ODE solver then arrives:
+    exactly, where that path is straight."""
+    def field(z, t):
+        t_ = t.view(-1, *[1] * (z.ndim - 1))
+        return torch.where(mask > 0, velocity(z, t), path.da(t_) * x0 + path.db(t_) * eps)
+    return field
+
+
 def path_length(velocity, z, ts):
     """(B,): sum over Euler's steps of |v dt| (Tab. 6: 50 steps)."""
     total = torch.zeros(len(z), device=z.device)

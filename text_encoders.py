@@ -6,12 +6,14 @@ which load with `strict=True`; sizes default to CLIP-L's and T5 v1.1-XXL's. Beyo
 Axes: B batch, L text tokens, M tokens of a decoder's target, D width, H heads.
 """
 
+import base64
 import itertools
 import json
 import math
 import re
 import string
 import unicodedata
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,8 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 class CLIPAttention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"{width} channels do not divide into {heads} heads")
         self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
@@ -342,6 +346,11 @@ class BPETokenizer(Tokenizer):
     @classmethod
     def from_folder(cls, folder, length=77, pad=None):
         folder = Path(folder)
+        if not (folder / "merges.txt").exists() and (folder / "tokenizer.json").exists():      # as newer versions of transformers save it
+            model = read_json(folder / "tokenizer.json").get("model", {})
+            if model.get("type") != "BPE":
+                raise ValueError(f"{folder}/tokenizer.json holds a model of type {model.get('type')}, CLIP's is BPE")
+            return cls(model["vocab"], [tuple(pair.split() if isinstance(pair, str) else pair) for pair in model["merges"]], length, pad)
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
         return cls(read_json(folder / "vocab.json"), merges, length, pad)
@@ -399,14 +408,75 @@ class BPETokenizer(Tokenizer):
         return [self.vocab[symbol] for symbol in symbols]
 
 
+NMT = dict.fromkeys([*range(1, 9), 11, *range(14, 32), 127, 143, 159]) | dict.fromkeys(
+    [9, 10, 12, 13, 0x1680, *range(0x200b, 0x2010), 0x2028, 0x2029, 0x2581, 0xfeff, 0xfffd], " ")      # dropped; a space
+
+
+def nmt_nfkc(text):
+    """The rules that T5's table of characters was made by."""
+    return unicodedata.normalize("NFKC", text.translate(NMT))
+
+
+class CharacterTable:
+    """T5's table itself, `precompiled_charsmap` in base64: a trie of UTF-8 bytes (a double array of 32-bit units), then the strings that its keys become.
+
+    Applied as the tokenizers library does, which in 1 % of strings of random Unicode differs from `nmt_nfkc`: a character with its combining marks of fewer than
+    6 bytes together becomes what the shortest key in front of it does (and the rest is lost); of longer ones each character goes by itself."""
+
+    BEFORE = re.compile("[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\u0d4e\U000110bd\U000110cd\U000111c2\U000111c3\U0001193f\U00011941\U00011a3a\U00011a84-\U00011a89\U00011d46\U00011f02]")
+    AFTER = re.compile("[\u200c\u200d\u0e33\u0eb3\uff9e\uff9f]")            # beside all marks but these of Myanmar's and Tai Tham's:
+    APART = re.compile("[\u102b\u102c\u1038\u1062-\u1064\u1067-\u106d\u1083\u1087-\u108c\u108f\u109a-\u109c\u1a61\u1a63\u1a64\uaa7b\uaa7d]")
+
+    def __init__(self, encoded):
+        blob = base64.b64decode(encoded)
+        end = 4 + int.from_bytes(blob[:4], "little")
+        self.units, self.strings = array("I", blob[4:end]), blob[end:]
+        if not self.units or not self.strings:
+            raise ValueError(f"tokenizer.json: its precompiled_charsmap of {len(blob)} bytes is damaged")
+
+    def find(self, chunk):
+        """What the shortest key that the chunk starts with becomes; None without any."""
+        place = self.offset(self.units[0])
+        for byte in chunk.encode("utf-8", "surrogatepass"):
+            place ^= byte
+            unit = self.units[place] if place < len(self.units) else 0
+            if unit & 0x800000ff != byte:                                     # no key goes on like this
+                return None
+            place ^= self.offset(unit)
+            if unit >> 8 & 1:                                                 # a key ends here; its value is the next unit
+                start = self.units[place] & 0x7fffffff
+                return self.strings[start:self.strings.index(0, start)].decode()
+        return None
+
+    @staticmethod
+    def offset(unit):
+        return unit >> 10 << ((unit & 1 << 9) >> 6)
+
+    @classmethod
+    def joined(cls, a, b):
+        """Whether two neighbouring characters are one cluster (Unicode Annex 29, as far as it matters to clusters of fewer than 6 bytes)."""
+        if any(unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") and not cls.BEFORE.match(c) and not cls.AFTER.match(c) for c in (a, b)):
+            return False
+        return bool(cls.BEFORE.match(a) or cls.AFTER.match(b) or unicodedata.category(b)[0] == "M" and not cls.APART.match(b))
+
+    @classmethod
+    def clusters(cls, text):
+        """The text cut into characters with the marks on them."""
+        cuts = [i for i in range(len(text)) if i == 0 or not cls.joined(text[i - 1], text[i])]
+        return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
+
+    def __call__(self, text):
+        out = []
+        for cluster in self.clusters(text):
+            whole = self.find(cluster) if len(cluster.encode("utf-8", "surrogatepass")) < 6 else None
+            out += [whole] if whole is not None else [c if (new := self.find(c)) is None else new for c in cluster]
+        return "".join(out)
+
+
 class UnigramTokenizer(Tokenizer):
     """T5's unigram language model (Kudo 2018), the likeliest segmentation of each word: the tokens, </s>, then <pad>.
 
-    `config` is the content of a Hugging Face `tokenizer.json`. In place of its table of characters (`precompiled_charsmap`) stand the rules that made it, Nmt and NFKC:
-    the same but for 0.7 % of strings of random Unicode, where the library drops or reorders combining marks. `sentinels` are the ids of <extra_id_0>, <extra_id_1>, ..."""
-
-    NMT = dict.fromkeys([*range(1, 9), 11, *range(14, 32), 127, 143, 159]) | dict.fromkeys(
-        [9, 10, 12, 13, 0x1680, *range(0x200b, 0x2010), 0x2028, 0x2029, 0x2581, 0xfeff, 0xfffd], " ")      # dropped; a space
+    `config` is the content of a Hugging Face `tokenizer.json`. `sentinels` are the ids of <extra_id_0>, <extra_id_1>, ..."""
 
     def __init__(self, config, length=77):
         model = config.get("model", {})
@@ -415,6 +485,9 @@ class UnigramTokenizer(Tokenizer):
         self.pieces = {piece: (i, score) for i, (piece, score) in enumerate(model["vocab"])}
         special = {token["content"]: token["id"] for token in config["added_tokens"]}
         super().__init__(length, [], special["</s>"], special["<pad>"], special)
+        normalizer = config.get("normalizer") or {}
+        tables = [step["precompiled_charsmap"] for step in normalizer.get("normalizers", [normalizer]) if step.get("type") == "Precompiled"]
+        self.normalize = CharacterTable(tables[0]) if tables else nmt_nfkc
         self.config, self.unk = config, model["unk_id"]
         self.unk_score = min(score for _, score in model["vocab"]) - 10       # sentencepiece's penalty
         self.longest = max(map(len, self.pieces))
@@ -422,7 +495,10 @@ class UnigramTokenizer(Tokenizer):
 
     @classmethod
     def from_folder(cls, folder, length=77):
-        return cls(read_json(Path(folder) / "tokenizer.json"), length)
+        try:
+            return cls(read_json(Path(folder) / "tokenizer.json"), length)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder}/tokenizer.json is no tokenizer of T5's: {error!r}") from None
 
     def save(self, folder):
         (Path(folder) / "tokenizer.json").write_text(json.dumps(self.config, ensure_ascii=False), encoding="utf-8")
@@ -431,7 +507,7 @@ class UnigramTokenizer(Tokenizer):
     def train(cls, texts, length=77, min_share=2e-3, sentinels=16):
         """A piece for each word that at least `min_share` of the texts contain, one for each character: so rarer words come out letter by letter (after a frequent one
         that they may begin with: "▁a" in "axe")."""
-        rows = [[word.rstrip(string.punctuation) for word in cls.words(text)] for text in texts]
+        rows = [[word.rstrip(string.punctuation) for word in cls.cut(nmt_nfkc(text))] for text in texts]
         counts = {word: count for word, count in frequent(rows, min_share).items() if len(word) > 1}
         total = sum(counts.values())
         words = [[word, math.log(count / total)] for word, count in counts.items()]
@@ -450,10 +526,13 @@ class UnigramTokenizer(Tokenizer):
                                "pair": [], "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}},
             "decoder": space, "model": {"type": "Unigram", "unk_id": 2, "vocab": vocab, "byte_fallback": False}}, length)
 
-    @classmethod
-    def words(cls, text):
+    @staticmethod
+    def cut(text):
+        return ["▁" + word for word in text.split()]
+
+    def words(self, text):
         """Normalised, cut at whitespace, "▁" before each word."""
-        return ["▁" + word for word in unicodedata.normalize("NFKC", text.translate(cls.NMT)).split()]
+        return self.cut(self.normalize(text))
 
     def word_ids(self, word):
         """Viterbi: best[i] = (score, start of the last piece, its id) of the likeliest segmentation of word[:i]."""
@@ -492,33 +571,48 @@ class TextSizes:
 
 
 class TextEncoders(nn.Module):
-    """The three encoders, any of which may be None (not loaded), and `tokenizers` by the same names."""
+    """The three encoders, any of which may be None (not loaded), and `tokenizers` by the same names.
 
-    def __init__(self, clip_l=None, clip_g=None, t5=None, tokenizers=None, sizes=None):
+    load(name) -> (encoder, tokenizer) is called for one that is None when it is first used; with keep=False it is let go again after each use."""
+
+    def __init__(self, clip_l=None, clip_g=None, t5=None, tokenizers=None, sizes=None, load=None, keep=True):
         super().__init__()
         self.clip_l, self.clip_g, self.t5, self.tokenizers, self.sizes = clip_l, clip_g, t5, tokenizers or {}, sizes or TextSizes()
+        self.load, self.keep = load, keep
         if self.sizes.clip_l + self.sizes.clip_g > self.sizes.t5:
             raise ValueError(f"the CLIPs' {self.sizes.clip_l} + {self.sizes.clip_g} channels do not fit into T5's {self.sizes.t5}")
+
+    def encoder(self, name):
+        """(encoder, tokenizer) of that name, loaded now unless it was."""
+        if getattr(self, name) is None:
+            if not self.load:
+                loaded = ", ".join(n for n in self.sizes.shares() if getattr(self, n) is not None)
+                raise ValueError(f"the text encoder {name} is not loaded, loaded are: {loaded or 'none'}")
+            encoder, self.tokenizers[name] = self.load(name)
+            if not self.keep:
+                return encoder, self.tokenizers[name]
+            setattr(self, name, encoder)
+        return getattr(self, name), self.tokenizers[name]
 
     @torch.no_grad()
     def encode(self, prompts, use=("clip_l", "clip_g", "t5")):
         """B prompts -> context c_ctxt (B, clip_length + t5_length, t5 width), pooled c_vec (B, clip_l + clip_g widths), float32; zeros for any encoder not in `use`."""
         s, shares = self.sizes, self.sizes.shares()
-        device = next(self.parameters(), torch.empty(0)).device
-        context = torch.zeros(len(prompts), s.clip_length + s.t5_length, s.t5, device=device)
-        pooled = torch.zeros(len(prompts), s.clip_l + s.clip_g, device=device)
+        context = torch.zeros(len(prompts), s.clip_length + s.t5_length, s.t5)
+        pooled = torch.zeros(len(prompts), s.clip_l + s.clip_g)
         for name in use:
             if name not in shares:
                 raise ValueError(f"{name!r} is no text encoder, known are {', '.join(shares)}")
-            if getattr(self, name) is None:
-                raise ValueError(f"the text encoder {name} is not loaded, loaded are: {', '.join(n for n in shares if getattr(self, n) is not None) or 'none'}")
             rows, channels, part = shares[name]
-            states = getattr(self, name)(self.tokenizers[name](prompts).to(device))
+            encoder, tokenizer = self.encoder(name)
+            device = next(encoder.parameters()).device
+            context, pooled, states = context.to(device), pooled.to(device), encoder(tokenizer(prompts).to(device))
             if name != "t5":
                 states, pooled[:, part] = states
             if states.shape != (place := context[:, rows, channels]).shape:
                 raise ValueError(f"{name} gives states of {tuple(states.shape)}, the sizes say {tuple(place.shape)}")
             place.copy_(states)
+            del encoder                                                       # before the next is loaded: with keep=False it was the last reference
         return context, pooled
 
     def drop(self, context, pooled, p=0.464, generator=None):

@@ -3,10 +3,11 @@
     python train.py                                             # the miniature's MM-DiT on `shapes`, its encoders from weights/mini
     python train.py --stage all --out runs/mine                 # a whole SD3 from nothing: autoencoder, CLIPs, T5, MM-DiT
     python train.py --stage all --data folder:pictures --out runs/mine
+    python train.py --data latents:runs/latents                 # computed ahead by data.py precompute
     python train.py --stage pretrain --out runs/mine --resume   # go on where it stopped
 
 A run folder is a bundle that sample.py --weights takes, with metrics.jsonl, STAGE-loss.png, sample grids and, until the stage is done,
-a checkpoint to resume from. Step k's samples, noise and times depend on the seed and k alone.
+a checkpoint to resume from. Step k's samples, noise and times depend on the seed and k alone (pipeline.py).
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ STAGES = ("vae", "clip", "t5", "pretrain", "all")
 @dataclass
 class TrainConfig:
     stage: str = flag("pretrain", "what to train; all: each in turn", "run", choices=STAGES)
-    data: str = flag("shapes", "shapes[:LEVEL], folder:DIR or fashion-mnist:DIR", "run")
+    data: str = flag("shapes", "shapes[:LEVEL], folder:DIR, imagenet:DIR, fashion-mnist:DIR, tar:DIR/{00000..00099}.tar, latents:DIR", "run")
     out: str = flag("runs/miniature", "run folder", "run")
     weights: str = flag("weights/mini", "bundle whose frozen parts are used where the run folder has none", "run")
     init_from: str = flag("", "bundle whose MM-DiT pretraining starts from", "run")
@@ -47,6 +48,9 @@ class TrainConfig:
     text_dropout: float = flag(0.464, "probability with which each text encoder is left out (App. B.3)", "flow")
     cfg: float = flag(4.0, "guidance scale of the sample grids, and the bundle's default", "flow")
     resolution: int = flag(64, "side of the pictures", "data", unit="pixels")
+    filter: str = flag("", "which pictures, by columns of the metadata: \"aesthetic>5 and nsfw<0.2\"", "data")
+    buckets: bool = flag(False, "keep aspect ratios: batches of sizes of about resolution^2 pixels (Sec. 5.3.2); for the MM-DiT", "data")
+    upscale: bool = flag(False, "with buckets: take pictures smaller than their bucket too", "data")
     synthetic_share: float = flag(0.5, "share of synthetic captions, where there are two (Sec. 5.2.2)", "data")
     chunk: int = flag(16384, "samples that the frozen parts encode at once", "data")
     reuse: int = flag(6, "times an encoded sample is seen before fresh ones are encoded", "data")
@@ -71,7 +75,6 @@ if __name__ == "__main__":
     CONFIG = parse_config(TrainConfig, description=__doc__)  # before the heavy imports: --help answers at once
 
 import copy
-import itertools
 import json
 import math
 import sys
@@ -81,109 +84,18 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
 import evaluate
-from data import Sample, open_data
+from data import Latents, open_data
 from flow import formulation, shift
 from mmdit import MMDiT
-from sample import check_device, check_size, from_uint8, generate, grid, save_png, to_uint8
+from pipeline import autocast, batches, caption_batches, check_fingerprint, conditioned_batches, count, first, first_captions, report_skipped
+from sample import check_device, check_size, generate, grid, save_png, to_uint8
 from text_encoders import (BPETokenizer, CLIPTextEncoder, T5Denoiser, T5Encoder, UnigramTokenizer, contrastive_loss,
                            span_corruption)
 from vae import AutoencoderKL, psnr, vae_loss
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Data: sample s of a run, for s = 0, 1, 2, ..., is a function of the seed and s
-
-def shuffled(start, n, seed):
-    """Positions start, start + 1, ... of an endless series of shuffled epochs over n items."""
-    if n >= 2 ** 31:  # endless data needs no shuffling
-        yield from itertools.count(start)
-    for epoch in itertools.count(start // n):
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-        yield from order[start % n if epoch == start // n else 0:]
-
-
-class Indexed:
-    """(position, item) -> (item's Sample, caption), for the worker processes: the caption drawn depends on seed and position."""
-
-    def __init__(self, dataset, share, seed):
-        self.dataset, self.share, self.seed = dataset, share, seed
-
-    def __getitem__(self, key):
-        position, item = key
-        sample = self.dataset[item]
-        if sample is None:  # data.Folder: the file and what is wrong with it, for `batches` to name
-            path = str(self.dataset.items[item][0])
-            return path, self.dataset.skipped[path]
-        return sample.caption(np.random.default_rng((self.seed, 7, position)), self.share), sample
-
-
-UNREADABLE = {}  # each skipped image and why, in the order they were met
-
-
-def batches(dataset, batch_size, cfg, start=0):
-    """Yields (images (B, 3, H, W) in [-1, 1], captions, samples) from sample `start` on, read ahead by worker processes."""
-    order = enumerate(shuffled(start, len(dataset), cfg.seed), start)
-    keys = (list(itertools.islice(order, batch_size)) for _ in itertools.count())
-    loader = DataLoader(Indexed(dataset, cfg.synthetic_share, cfg.seed), batch_sampler=keys, num_workers=cfg.workers, collate_fn=list,
-                        prefetch_factor=4 if cfg.workers else None)
-    for rows in loader:
-        for path, why in rows:
-            if isinstance(why, str) and path not in UNREADABLE:
-                UNREADABLE[path] = why
-                tqdm.write(f"unreadable image {len(UNREADABLE)}, skipped: {path} ({why})", file=sys.stderr)
-        rows = [row for row in rows if isinstance(row[1], Sample)]
-        if not rows and all(str(path) in UNREADABLE for path, _ in dataset.items):
-            raise ValueError(f"none of the {len(dataset)} images can be read, the first is {dataset.items[0][0]}")
-        if rows:
-            captions, samples = zip(*rows)
-            yield to_tensor(samples), list(captions), samples
-
-
-def pieces(items, size):
-    return [items[i:i + size] for i in range(0, len(items), size)]
-
-
-def to_tensor(samples):
-    """Samples -> (B, 3, H, W) in [-1, 1]."""
-    return from_uint8(torch.from_numpy(np.stack([s.image for s in samples])))
-
-
-class Captions:
-    """item -> its (original, synthetic) captions, for the worker processes."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, item):
-        return self.dataset.captions(item)
-
-
-def caption_batches(dataset, batch_size, cfg, start=0):
-    """Yields lists of (original, synthetic) captions: `batches` without pictures."""
-    order = shuffled(start, len(dataset), cfg.seed)
-    items = (list(itertools.islice(order, batch_size)) for _ in itertools.count())
-    yield from DataLoader(Captions(dataset), batch_sampler=items, num_workers=cfg.workers, collate_fn=list)
-
-
-def all_captions(dataset, n=20000):
-    """Every caption of the first n samples at most, to train tokenizers on."""
-    return [text for i in range(min(n, len(dataset))) for text in dataset.captions(i) if text]
-
-
-def first(dataset, n, cfg):
-    """The first n samples at most, as `batches` yields them: for validation."""
-    return next(batches(dataset, min(n, len(dataset)), replace(cfg, workers=0)))
-
-
-def open_split(cfg, split, frozen_parts=False):
-    """The run's data. The frozen parts of the miniature serve every level of `shapes`, so they are trained on all."""
-    spec = "shapes:all" if frozen_parts and cfg.data.startswith("shapes") else cfg.data
-    return open_data(spec, cfg.resolution, cfg.resolution, split, cfg.seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -210,13 +122,6 @@ def make_optimizers(module, cfg):
     others = [p for p in parameters.values() if not any(p is h for h in hidden)]
     adamw = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-15, weight_decay=cfg.weight_decay, fused=True)  # eps: Sec. 5.3.2
     return [MuonConv(hidden, lr=cfg.muon_lr, weight_decay=0.0), adamw] if hidden else [adamw]
-
-
-def autocast(cfg):
-    """bf16 where asked for; auto: where it pays. CPUs with AVX512-BF16 or AMX multiply matrices 4 times as fast in bf16, others more slowly."""
-    kind = cfg.device.split(":")[0]
-    pays = kind == "cuda" or kind == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return torch.autocast(kind, torch.bfloat16, enabled=cfg.precision == "bf16" or cfg.precision == "auto" and pays)
 
 
 def lr_factor(step, cfg):
@@ -362,6 +267,13 @@ def mean_of(rows):
 # ---------------------------------------------------------------------------------------------------------------
 # Stage vae: the autoencoder (Sec. 5.2.1)
 
+def open_split(cfg, split, frozen_parts=False):
+    """The run's data. The frozen parts are trained on squares and, of `shapes`, on every level, all of which they serve."""
+    spec = "shapes:all" if frozen_parts and cfg.data.startswith("shapes") else cfg.data
+    several = {} if frozen_parts else {"buckets": cfg.buckets, "upscale": cfg.upscale}
+    return open_data(spec, cfg.resolution, cfg.resolution, split, cfg.seed, filter=cfg.filter, **several)
+
+
 def train_vae(cfg):
     dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
     vae = AutoencoderKL(cfg.latent_channels, channels=48, multipliers=(1, 2), blocks=1, scale=1.0, shift=0.0, unshuffle=4, attention=False,
@@ -389,15 +301,20 @@ def train_vae(cfg):
 # ---------------------------------------------------------------------------------------------------------------
 # Stage clip: both text towers against one image tower (Radford et al. 2021)
 
+def texts(dataset):
+    """What tokenizers are trained on."""
+    return [text for captions in first_captions(dataset, 20000) for text in captions if text]
+
+
 def train_clip(cfg):
     dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
     dataset.twins = True  # of shapes: hard negatives
-    tokenizer = BPETokenizer.train(all_captions(dataset), length=cfg.clip_length)
+    tokenizer = BPETokenizer.train(texts(dataset), length=cfg.clip_length)
     tokenizer_g = BPETokenizer(tokenizer.vocab, tokenizer.merges, cfg.clip_length, pad=0)  # G pads with 0, L with the end token
     width_l, width_g = cfg.text_width * 3 // 8, cfg.text_width * 5 // 8
     common = dict(vocab_size=len(tokenizer.vocab), length=cfg.clip_length, layers=3, eos=tokenizer.end)
-    configs = {"clip_l": dict(common, width=width_l, heads=max(width_l // 32, 1), mlp=4 * width_l, activation="quick_gelu", projection=width_l),
-               "clip_g": dict(common, width=width_g, heads=max(width_g // 32, 1), mlp=4 * width_g, activation="gelu", projection=width_g),
+    configs = {"clip_l": dict(common, width=width_l, heads=width_l // math.gcd(width_l, 32), mlp=4 * width_l, activation="quick_gelu", projection=width_l),
+               "clip_g": dict(common, width=width_g, heads=width_g // math.gcd(width_g, 32), mlp=4 * width_g, activation="gelu", projection=width_g),
                "clip_image": dict(resolution=cfg.resolution, patch_size=8, width=128, layers=4, heads=4, projection=width_l + width_g)}
     towers = torch.nn.ModuleDict({"clip_l": CLIPTextEncoder(**configs["clip_l"]), "clip_g": CLIPTextEncoder(**configs["clip_g"]),
                                   "clip_image": evaluate.CLIPImageEncoder(**configs["clip_image"])})
@@ -434,7 +351,7 @@ def train_clip(cfg):
 
 def train_t5(cfg):
     dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
-    tokenizer = UnigramTokenizer.train(all_captions(dataset), length=2 * cfg.t5_length)
+    tokenizer = UnigramTokenizer.train(texts(dataset), length=2 * cfg.t5_length)
     config = dict(vocab_size=len(tokenizer.pieces), width=cfg.text_width, layers=3, heads=cfg.text_width // 32, head_dim=32,
                   mlp=3 * cfg.text_width // 2, buckets=32, max_distance=64)
     model = T5Denoiser(T5Encoder(**config), layers=2)
@@ -448,7 +365,7 @@ def train_t5(cfg):
         corrupted, targets = span_corruption(tokens, tokenizer.sentinels, rate=0.25, mean_span=1.5, generator=generator)
         return model.loss(corrupted.to(cfg.device), targets.to(cfg.device)), {}
 
-    validation = [held_out.captions(i) for i in range(min(256, len(held_out)))]
+    validation = first_captions(held_out, 256)
 
     @torch.no_grad()
     def validate(model, step):
@@ -464,43 +381,22 @@ def train_t5(cfg):
 # ---------------------------------------------------------------------------------------------------------------
 # Stage pretrain: the MM-DiT (Sec. 4, 5.3), on what the frozen parts make of the data (App. E.1)
 
-@torch.no_grad()
-def encoded(dataset, bundle, cfg, start, n):
-    """Samples start ... start + n - 1 as (latents, context, pooled), text in half precision. Captions that repeat are encoded once."""
-    latents, captions = [], []
-    for images, texts, _ in itertools.islice(batches(dataset, 256, cfg, start), -(-n // 256)):
-        latents.append(bundle.vae.to_latents(images.to(cfg.device), sample=False).cpu())
-        captions += texts
-    unique = {text: i for i, text in enumerate(dict.fromkeys(captions))}
-    with autocast(cfg):
-        rows = [tuple(x.half().cpu() for x in bundle.text.encode(part)) for part in pieces(list(unique), 256)]
-    context, pooled = (torch.cat(column) for column in zip(*rows))
-    return torch.cat(latents), context, pooled, torch.tensor([unique[text] for text in captions])
-
-
-def encoded_batches(dataset, bundle, cfg, start):
-    """Chunks of fresh samples, each encoded once and seen `reuse` times in new orders; yields (latents, context, pooled)."""
-    chunk = cfg.chunk - cfg.chunk % cfg.batch_size
-    for number in itertools.count(start // (chunk * cfg.reuse)):
-        latents, context, pooled, text = encoded(dataset, bundle, cfg, number * chunk, chunk)
-        for again in range(cfg.reuse):
-            order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + number * cfg.reuse + again))
-            order = order.repeat(-(-chunk // len(order)))[:chunk]  # unreadable images leave fewer than a chunk
-            for k, rows in enumerate(order.split(cfg.batch_size)):
-                if (number * cfg.reuse + again) * chunk + k * cfg.batch_size >= start:
-                    yield latents[rows], context[text[rows]].float(), pooled[text[rows]].float()
-
-
 def fixed_prompts(cfg, held_out):
     """16 prompts for the sample grids."""
     if cfg.data.startswith("shapes"):
         return [evaluate.tasks(category, 3)[k].prompt for k in range(3) for category in (*evaluate.CATEGORIES, "typography")][:16]
-    return list(dict.fromkeys(first(held_out, 256, cfg)[1]))[:16]
+    captions = [pair[0] for pair in first_captions(held_out, 256)] if isinstance(held_out, Latents) else first(held_out, 256, cfg)[1]
+    return list(dict.fromkeys(captions))[:16]
 
 
 def train_mmdit(cfg):
     dataset, held_out = open_split(cfg, "train"), open_split(cfg, "val")
+    if isinstance(dataset, Latents):
+        check_fingerprint(dataset, [cfg.out, cfg.weights], cfg.clip_length, cfg.t5_length)
     missing = [part for part in FROZEN if not any((Path(cfg.out) / f"{part}{end}").exists() for end in (".pt", "/"))]
+    clip_l = Path(cfg.weights if "clip_l" in missing else cfg.out) / "clip_l.json"
+    if clip_l.exists() and cfg.clip_length > (most := checkpoint.read_json(clip_l)["length"]):
+        raise ValueError(f"--clip-length is {cfg.clip_length}; the CLIPs of {clip_l.parent} have positions for {most}")
     if missing:
         checkpoint.copy_parts(cfg.weights, cfg.out, missing)
     config = {"clip_length": cfg.clip_length, "t5_length": cfg.t5_length, "resolution": cfg.resolution, "formulation": cfg.formulation,
@@ -509,7 +405,7 @@ def train_mmdit(cfg):
     bundle = checkpoint.load_bundle(cfg.out, cfg.device)
     sizes, form = bundle.text.sizes, formulation(cfg.formulation)
     patches = cfg.resolution // 16
-    model_config = dict(depth=cfg.depth, in_channels=bundle.vae.config["latent_channels"], context_dim=sizes.t5, pooled_dim=sizes.clip_l + sizes.clip_g,
+    model_config = dict(depth=cfg.depth, in_channels=bundle.part("vae").config["latent_channels"], context_dim=sizes.t5, pooled_dim=sizes.clip_l + sizes.clip_g,
                         pos_embed_max_size=4 * patches, base_size=patches, qk_norm=cfg.qk_norm, weight_sets=cfg.weight_sets,
                         clip_length=cfg.clip_length)
     torch.manual_seed(cfg.seed)
@@ -530,20 +426,19 @@ def train_mmdit(cfg):
         losses = form.loss(out, latents, t=t, generator=generator)
         return losses.mean(), {"loss_bins": by_level(losses.detach(), t)}
 
-    validation = encoded(held_out, bundle, replace(cfg, workers=0), 0, min(512, len(held_out)))
+    n = min(512, count(held_out))
+    validation = next(conditioned_batches(held_out, bundle, replace(cfg, workers=0, batch_size=n, chunk=n)))
     prompts = fixed_prompts(cfg, held_out)
 
     def validate(model, step):
-        latents, context, pooled, text = validation
-        levels = evaluate.validation_loss(lambda z, t, *c: model(form.input(z, t), t, *c), form, latents.to(cfg.device),
-                                          context[text].float().to(cfg.device), pooled[text].float().to(cfg.device))
+        levels = evaluate.validation_loss(lambda z, t, *c: model(form.input(z, t), t, *c), form, *(x.to(cfg.device) for x in validation))
         bundle.mmdit = model
         save_png(grid(generate(bundle, prompts)), Path(cfg.out) / f"grid-{step:07}.png", {"step": step, "prompts": "\n".join(prompts)})
         checkpoint.save_part(cfg.out, "mmdit", model, model_config)
         scores = evaluate.geneval(bundle, 10)[0] if cfg.data.startswith("shapes") else {}
         return {"val_loss": float(np.mean(levels[:-1])), "val_levels": levels, **scores}
 
-    fit(cfg, model, lambda start: encoded_batches(dataset, bundle, cfg, start), loss_of, validate)
+    fit(cfg, model, lambda start: conditioned_batches(dataset, bundle, cfg, start), loss_of, validate)
 
 
 def by_level(losses, t, bins=8):
@@ -566,6 +461,8 @@ def check(cfg):
     for name, value in least.items():
         if getattr(cfg, name) < value:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; the least is {value}")
+    if cfg.stage != "pretrain" and cfg.data.startswith("latents:"):
+        raise ValueError(f"--stage {cfg.stage} needs pictures; {cfg.data} is for pretrain")
     if cfg.weight_sets > 3:
         raise ValueError(f"--weight-sets is {cfg.weight_sets}; known are 1, 2, 3")
 
@@ -580,13 +477,16 @@ def main():
         runs.append(Run(replace(cfg, stage=stage, **own)))
         check(runs[-1].cfg)
         runs[-1].refuse_to_overwrite()
-    for run in runs:
-        if cfg.resume and run.done():
-            print(f"{cfg.out}: stage {run.cfg.stage} is done")
-            continue
-        torch.manual_seed(cfg.seed)
-        TRAIN[run.cfg.stage](run.cfg)
-        run.finish()
+    try:
+        for run in runs:
+            if cfg.resume and run.done():
+                print(f"{cfg.out}: stage {run.cfg.stage} is done")
+                continue
+            torch.manual_seed(cfg.seed)
+            TRAIN[run.cfg.stage](run.cfg)
+            run.finish()
+    finally:
+        report_skipped()
 
 
 if __name__ == "__main__":

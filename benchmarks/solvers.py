@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import flag, one_line_errors, parse_config  # noqa: E402
+from config import flag, one_line_errors, parse_config
 
 
 @dataclass

@@ -144,7 +144,7 @@ def test_parts_of_other_models_are_named(tmp_path):
 
     refused("mmdit.pt is of another architecture: .* missing .*joint_blocks.0.context_block", depth=2)
     refused("mmdit.pt is of another size: context_embedder.weight is .64, 8., the model has .64, 16.", context_dim=16)
-    refused("mmdit.json does not describe a MMDiT: .*colour", colour="red")
+    refused("mmdit.pt: its config does not describe a MMDiT: .*colour", colour="red")
     (tmp_path / "mmdit.json").write_text("{")
     with pytest.raises(ValueError, match="mmdit.json is no JSON file"):
         load_part(tmp_path, "mmdit")

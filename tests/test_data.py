@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import data
-from data import BACKGROUNDS, COLORS, HELD_OUT_PAIRS, HELD_OUT_WORDS, LEVELS, SHAPES, FashionMNIST, Folder, Sample, Scene, Shapes, Thing, open_data, relation, render
+from data import (BACKGROUNDS, COLORS, HELD_OUT_PAIRS, HELD_OUT_WORDS, LEVELS, SHAPES, FashionMNIST, Folder, Sample, Scene, Shapes, Thing, Unreadable, open_data,
+                  relation, render)
 
 SIZES = [(64, 64), (128, 64), (64, 96)]
 
@@ -246,6 +247,16 @@ def test_folder_of_any_sizes(tmp_path):
     assert np.abs(np.array(means[1]) - (0, 0, 255)).max() < 4
 
 
+def test_pictures_without_a_caption_are_left_out_and_named(tmp_path):
+    for name, text in (("a", ""), ("b", " \n"), ("c", "a caption")):
+        save(tmp_path / f"{name}.png", (1, 2, 3), text=text)
+    assert Folder(tmp_path).skipped == {f"{tmp_path}/{name}.png": "no caption" for name in "ab"} and len(Folder(tmp_path)) == 1
+    rows = [{"file_name": f"{i}.png", "text": text, "synthetic": other} for i, (text, other) in enumerate((("", ""), ("", "dense"), ("short", "dense")))]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = Folder(tmp_path)
+    assert [folder.captions(i) for i in range(len(folder))] == [("dense", "dense"), ("short", "dense")] and [*folder.skipped] == [f"{tmp_path}/0.png"]
+
+
 def test_folder_crops_the_centre_and_keeps_the_aspect(tmp_path):
     image = np.zeros((40, 120, 3), np.uint8)
     image[:, 40:80] = 255
@@ -272,7 +283,8 @@ def test_folder_with_metadata(tmp_path):
     (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
     folder = Folder(tmp_path)
     assert folder[0].original == "line\u2028separator"
-    assert folder[1] is None and list(folder.skipped) == [str(tmp_path / "images" / "2.png")]
+    with pytest.raises(Unreadable, match="images/2.png cannot be read .*No such file"):
+        folder[1]
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[:len(raw) // 2], lambda raw: b"", lambda raw: b"no image at all", lambda raw: raw[:60] + bytes(40) + raw[100:]])
@@ -285,18 +297,18 @@ def test_unreadable_image_gives_no_sample_and_is_named(tmp_path, suffix, damage)
     bad = tmp_path / f"bad.{suffix}"
     bad.write_bytes(damage(bad.read_bytes()))
     folder = Folder(tmp_path)
-    read = folder[0], folder[1]
-    assert isinstance(read[1], Sample)
-    if read[0] is None:                                                           # a decoder may forgive a hole in the middle, no other damage
-        assert list(folder.skipped) == [str(bad)] and folder.skipped[str(bad)]
-    else:
+    assert isinstance(folder[1], Sample)
+    try:                                                                          # a decoder may forgive a hole in the middle, no other damage
+        folder[0]
         assert len(bad.read_bytes()) == len((tmp_path / f"good.{suffix}").read_bytes())
+    except Unreadable as error:
+        assert error.name == str(bad) and error.why
 
 
 def test_folder_keeps_every_20th_picture_for_validation(tmp_path):
     for i in range(45):
         save(tmp_path / f"{i:02}.png", (i, i, i), (2, 2), str(i))
-    train, val = ([text for _, text in Folder(tmp_path, split=split).items] for split in ("train", "val"))
+    train, val = ([text for _, text, _ in Folder(tmp_path, split=split).items] for split in ("train", "val"))
     assert val == ["19", "39"] and len(train) == 43 and not {*train} & {*val}
     for path in list(tmp_path.glob("*.png"))[12:]:
         path.unlink()

@@ -158,11 +158,11 @@ def test_weight_sets_share_as_they_say():
     three.load_state_dict(shared | {k.replace('context_block', 'context_block_t5'): v for k, v in shared.items() if 'context_block' in k})
     torch.testing.assert_close(three(*inputs()), two(*inputs()))
     x = torch.randn(2, 11, 128)
-    c = torch.randn(2, 128)
+    m = torch.randn(2, 6 * 128)
     for block in (one.joint_blocks[0], two.joint_blocks[0]):
         block['x_block'].load_state_dict(two.joint_blocks[0]['x_block'].state_dict())
     two.joint_blocks[0]['context_block'].load_state_dict(two.joint_blocks[0]['x_block'].state_dict())
-    torch.testing.assert_close(torch.cat(two.joint_blocks[0]([x[:, :4], x[:, 4:]], c), dim=1), one.joint_blocks[0]([x], c)[0])
+    torch.testing.assert_close(torch.cat(two.joint_blocks[0]([x[:, :4], x[:, 4:]], [m, m]), dim=1), one.joint_blocks[0]([x], [m])[0])
 
 
 def test_third_set_starts_at_clip_length():

@@ -13,9 +13,10 @@ from PIL import Image
 import checkpoint
 import data
 import evaluate
+import sample
 from checkpoint import load_bundle
-from sample import SampleConfig, check_prompts, generate, grid
-from samplers import SAMPLERS
+from sample import SampleConfig, check_prompts, generate, grid, guided_velocity, to_uint8
+from samplers import SAMPLERS, timesteps
 
 A, B = "a red circle above a blue square", "three green stars"
 
@@ -40,6 +41,20 @@ def test_pictures_depend_on_prompt_and_seed_alone(bundle):
     other = load_bundle(bundle.folder)                                            # and not on what was drawn before
     torch.randn(3)
     assert both.equal(generate(other, [A, B], seed=5))
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_what_is_done_ahead_changes_nothing(bundle, cfg, monkeypatch):
+    """Modulations of all times in one product, of none, or of too many to keep: the same velocity, that of the whole network under guidance."""
+    z, ts = torch.randn(2, 4, 4, 4), timesteps(5)
+    fields = [guided_velocity(bundle, [A, B], cfg), guided_velocity(bundle, [A, B], cfg, ts=ts)]
+    monkeypatch.setattr(sample, "MAX_ROWS", 1)
+    fields.append(guided_velocity(bundle, [A, B], cfg, ts=ts))
+    context, pooled = bundle.text.encode([A, B])
+    for t in (ts[2].expand(2), torch.full((2,), 0.123)):
+        v, v_0 = (bundle.mmdit(z, t, x * context, x * pooled) for x in (1, 0))
+        for field in fields:
+            torch.testing.assert_close(field(z, t), v_0 + cfg * (v - v_0), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("width, height", [(32, 32), (64, 32), (16, 48)])
@@ -111,6 +126,63 @@ def test_callback_sees_the_data_estimate_at_every_step(bundle):
 def test_settings_that_cannot_be_used(bundle, bad, reason):
     with pytest.raises(ValueError, match=reason):
         generate(bundle, [A], **bad)
+
+
+# ---- from a picture
+
+def picture(width=32, height=32):
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    return torch.stack([rows, columns, -rows])
+
+
+def test_strength_says_how_much_is_drawn_anew(bundle):
+    init = picture()
+    kept = to_uint8(bundle.vae.decode(bundle.vae.to_latents(init[None], sample=False)))
+    def distance(**settings):
+        return (generate(bundle, [A], steps=20, init=init, **settings).float() - kept.float()).abs().mean().item()
+    near, middle, far = (distance(strength=s) for s in (0.05, 0.5, 1.0))
+    assert near < middle < far
+    assert generate(bundle, [A], steps=20, init=init, strength=1.0).equal(generate(bundle, [A], steps=20))      # all anew: the picture is not looked at
+    assert not generate(bundle, [A], init=init, strength=0.7).equal(generate(bundle, [A], init=-init, strength=0.7))
+
+
+@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "sde"])
+def test_inpainting_leaves_every_other_pixel(bundle, sampler, monkeypatch):
+    """And the latents there arrive at the picture's by the solver itself, whichever it is: what is pasted fits what is drawn."""
+    init, mask = picture(), torch.zeros(32, 32)
+    mask[8:24, 16:] = 1
+    seen = []
+    decode = bundle.vae.decode
+    monkeypatch.setattr(bundle.vae, "decode", lambda z: (seen.append(z), decode(z))[1])
+    image = generate(bundle, [A, B], steps=4, sampler=sampler, init=init, mask=mask, strength=1.0)
+    outside, inside = mask == 0, mask == 1
+    assert image[:, outside].equal(to_uint8(init[None])[:, outside].expand(2, -1, -1)) and differ(image[:, inside], to_uint8(init[None])[:, inside]) > 10
+    x0 = bundle.vae.to_latents(init[None], sample=False)
+    assert torch.allclose(seen[-1][:, :, 0], x0.expand(2, -1, -1, -1)[:, :, 0], atol=1e-4) and not torch.allclose(seen[-1][:, :, 1:3, 2:], x0[:, :, 1:3, 2:].expand(2, -1, -1, -1), atol=0.1)
+
+
+@pytest.mark.parametrize("settings, reason", [
+    (dict(init=picture(48, 32)), r"the picture to start from is \(3, 32, 48\), it must be \(3, 32, 32\) to draw 32 x 32"),
+    (dict(init=picture(), mask=torch.ones(16, 16)), r"the mask is \(16, 16\)"), (dict(init=picture(), strength=0.0), "strength is 0.0"), (dict(init=picture(), strength=1.5), "strength is 1.5"),
+    (dict(init=picture(), strength=0.01), "a strength of 0.01 leaves none of 3 steps"), (dict(mask=torch.ones(32, 32)), "a mask needs the picture")])
+def test_pictures_that_cannot_be_started_from(bundle, settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        generate(bundle, [A], **settings)
+
+
+def test_init_image_and_mask_from_the_command_line(cli, refused, tiny, tmp_path):
+    Image.fromarray(to_uint8(picture(48, 32)[None])[0].numpy()).save(tmp_path / "init.png")
+    Image.fromarray(np.pad(np.full((16, 48), 255, np.uint8), ((16, 0), (0, 0)))).save(tmp_path / "mask.png")
+    out, flags = tmp_path / "out.png", ["sample.py", "--prompt", A, "--weights", tiny, "--out", tmp_path / "out.png", "--init-image"]
+    assert cli(*flags, tmp_path / "init.png", "--mask", tmp_path / "mask.png")[::2] == (0, [])
+    drawn, init = np.asarray(Image.open(out)), np.asarray(Image.open(tmp_path / "init.png"))
+    assert drawn.shape == (32, 48, 3) and (drawn[:16] == init[:16]).all() and (drawn[16:] != init[16:]).any()      # the picture's own size
+    assert cli(*flags, tmp_path / "init.png", "--width", 32, "--height", 64)[0] == 0 and Image.open(out).size == (32, 64)
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (33, 32)).save(tmp_path / "odd.png")
+    assert "text.png is no picture" in refused(*flags, tmp_path / "text.png") and "absent.png" in refused(*flags, tmp_path / "absent.png")
+    assert "width is 33 pixels; it must be a multiple of 16" in refused(*flags, tmp_path / "odd.png")
+    assert "--mask needs the --init-image" in refused(*flags[:-1], "--mask", tmp_path / "mask.png")
 
 
 def test_prompts_that_cannot_be_used():
@@ -188,7 +260,7 @@ def test_another_mmdit_of_the_same_architecture(cli, tiny, tmp_path, bundle):
     (["--prompt", A, "--out", "file/out.png"], "file/out.png cannot be written"),
     (["--prompt", A, "--trajectory", "absent/x.gif"], "absent/x.gif cannot be written"),
     (["--prompt", A, "--weights", "absent"], "absent is no bundle folder"),
-    (["--prompt", A, "--weights", "file"], "file is no bundle folder"),
+    (["--prompt", A, "--weights", "file"], "file is no safetensors file, or damaged"),
     (["--prompt", A, "--weights", "."], "config.json is not there")])
 def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, monkeypatch, arguments, reason):
     monkeypatch.chdir(tmp_path)

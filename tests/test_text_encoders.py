@@ -1,5 +1,7 @@
 """CLIP, T5, their tokenizers and the ensemble: parity with transformers and tokenizers on random weights and random text; Fig. 2a's layout; drop-out rates."""
 
+import base64
+import io
 import json
 import random
 import sys
@@ -12,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from text_encoders import (
     BPETokenizer,
+    CharacterTable,
     CLIPTextEncoder,
     T5Denoiser,
     T5Encoder,
@@ -19,6 +22,7 @@ from text_encoders import (
     TextSizes,
     UnigramTokenizer,
     contrastive_loss,
+    nmt_nfkc,
     span_corruption,
 )
 
@@ -32,6 +36,8 @@ PROMPTS = [
     "a </s> b<pad><extra_id_0>",
     "▁ underscore_ ▁▁x", "oil painting, (masterpiece:1.2), [8k], trending on artstation --ar 16:9", "https://example.com/a?b=c&d=e#f @user #tag", "..........", "“quoted” – dash — … !!!1",
     "pneumonoultramicroscopicsilicovolcanoconiosis", "a photo of a " + "very " * 200 + "big dog", "x" * 10_000]
+
+REAL = (Path(__file__).parent / "prompts.txt").read_text("utf-8").splitlines()      # 200 as people write them
 
 CAPTIONS = ["a red circle above a blue square", "Two green stars, left of the big triangle!", "it's a sign that says stop", "we'll see 12 crosses; they've gone"] * 50 + [
     "a sign that says cab", "a sign that says zoo", "a sign that says fox"]
@@ -54,7 +60,7 @@ def random_text(rng):
 @pytest.fixture(scope="module")
 def texts():
     rng = random.Random(0)
-    return PROMPTS + [random_text(rng) for _ in range(2000)]
+    return PROMPTS + REAL + [random_text(rng) for _ in range(2000)]
 
 
 # ---------------------------------------------------------------- CLIP
@@ -236,12 +242,42 @@ def test_unigram_with_overlapping_pieces_equals_the_library(texts):
     assert [ours.ids(text) + [1] for text in texts] == [theirs.encode(text).ids for text in texts]
 
 
-def test_unigram_comes_near_sentencepiece_own_normalizer(texts):
-    """T5's tokenizer.json has a table of characters that NFKC and Nmt stand for. sentencepiece makes the same table."""
+@pytest.fixture(scope="module")
+def table():
+    """T5's table of characters in base64: sentencepiece makes the same whenever it trains."""
     spm = pytest.importorskip("sentencepiece")
-    model = spm.SentencePieceNormalizer(rule_name="nmt_nfkc", remove_extra_whitespaces=True, add_dummy_prefix=True, escape_whitespaces=False)
-    differs = [text for text in PROMPTS if " ".join(word[1:] for word in UnigramTokenizer.words(text)) != " ".join(model.normalize(text).split())]
+    from sentencepiece import sentencepiece_model_pb2
+    written = io.BytesIO()
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(CAPTIONS * 5), model_writer=written, vocab_size=60, hard_vocab_limit=False, minloglevel=2)
+    model = sentencepiece_model_pb2.ModelProto.FromString(written.getvalue())
+    return base64.b64encode(model.normalizer_spec.precompiled_charsmap).decode()
+
+
+def test_unigram_with_t5s_table_equals_the_libraries(texts, table, tmp_path):
+    """As in the released tokenizer.json. Marks on characters fall differently for short and long clusters; both libraries, and every text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    config = UnigramTokenizer.train(CAPTIONS + REAL, min_share=0.002).config
+    config["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": table}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(config), encoding="utf-8")
+    ours, theirs = UnigramTokenizer.from_folder(tmp_path), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert [ours.ids(text) + [1] for text in texts] == [theirs.encode(text).ids for text in texts] == fast(texts).input_ids
+    rng = random.Random(2)
+    marks = ["".join(chr(rng.choice([rng.randrange(32, 592), rng.randrange(0x300, 0x370), rng.randrange(0x370, 0x3400)])) for _ in range(6)) for _ in range(2000)]
+    marks = ["".join(c for c in text if unicodedata.category(c) != "Cn") for text in marks]
+    assert [ours.normalize(text).split() for text in marks] == [theirs.normalizer.normalize_str(text).split() for text in marks]
+
+
+def test_rules_come_near_the_table(table):
+    differs = [text for text in PROMPTS if CharacterTable(table)(text).split() != nmt_nfkc(text).split()]
     assert all("\u200d" in text for text in differs), differs                 # newer tables keep the joiner of emoji
+
+
+def test_damaged_tables_are_named():
+    for bad, reason in (("", "damaged"), ("AAAA", "damaged"), ("x", "Invalid base64|padding"), (base64.b64encode(bytes(3)).decode(), "damaged")):
+        with pytest.raises(ValueError, match=reason):
+            CharacterTable(bad)
 
 
 def test_tokens_are_cut_to_length_and_padded():

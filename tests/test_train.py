@@ -13,9 +13,9 @@ from conftest import ROOT
 from PIL import Image
 
 import checkpoint
+import pipeline
 import train
 from config import parse_config
-from data import Shapes
 from sample import generate
 from train import DEFAULTS, TRAIN, TrainConfig
 
@@ -102,8 +102,8 @@ def test_each_stage_by_its_command_on_a_folder(cli, pictures, tmp_path):
     for stage in TRAIN:
         status, _, errors = cli("train.py", "--stage", stage, "--data", f"folder:{pictures}", "--out", out, *FLAGS)
         assert status == 0, errors
-        named = [line for line in errors if "unreadable" in line]
-        assert len(named) == 1 and f"unreadable image 1, skipped: {pictures}/07.png (cannot identify image file" in named[0]
+        named = [line for line in errors if "cannot identify image file" in line]
+        assert "skipped, 1 in all:" in errors and len(named) == 1 and f"{pictures}/07.png" in named[0] or stage == "t5"       # which looks at no picture
     prompts = Image.open(out / "grid-0000002.png").text["prompts"].split("\n")
     assert len(prompts) == 11 and "noise of strength 7, façade 🟦" not in prompts
     assert cli("sample.py", "--prompt", prompts[0], "--weights", out, "--out", tmp_path / "out.png")[0] == 0
@@ -113,7 +113,7 @@ def test_a_folder_of_unreadable_pictures(cli, pictures, tmp_path):
     for path in pictures.glob("*.png"):
         path.write_bytes(b"no picture")
     status, _, errors = cli("train.py", "--stage", "vae", "--data", f"folder:{pictures}", "--out", tmp_path / "mine", *FLAGS)
-    assert status == 2 and "none of the 12 images can be read" in errors[-1] and len(errors) == 13 and not (tmp_path / "mine").exists()
+    assert status == 2 and "100 pictures in a row cannot be read" in errors[-1] and "skipped, 12 in all:" in errors and not (tmp_path / "mine").exists()
 
 
 # ---- resuming
@@ -157,7 +157,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(run, tiny, tmp_path, monkeypat
 # ---- refusals
 
 @pytest.mark.parametrize("arguments, reason", [
-    (["--data", "shape"], "unknown data 'shape'; known: shapes[:LEVEL], folder:DIR, fashion-mnist:DIR"),
+    (["--data", "shape"], "unknown data 'shape'; known: shapes[:LEVEL], folder:DIR, imagenet:DIR"),
     (["--data", "shapes:hard"], "unknown level 'hard'"),
     (["--data", "folder:absent"], "absent is no folder"),
     (["--data", "folder:empty"], "empty holds no image with a caption"),
@@ -169,6 +169,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(run, tiny, tmp_path, monkeypat
     (["--formulation", "rf/lognrm"], "unknown formulation 'rf/lognrm'"),
     (["--depth", "0"], "--depth is 0; the least is 1"), (["--steps", "-5"], "--steps is -5; the least is 1"),
     (["--chunk", "1"], "--chunk is 1; the least is 4"), (["--weight-sets", "4"], "known are 1, 2, 3"),
+    (["--clip-length", "17"], "--clip-length is 17; the CLIPs of"),
     (["--device", "toaster"], "device 'toaster' cannot be used")])
 def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, monkeypatch, arguments, reason):
     monkeypatch.chdir(tmp_path)
@@ -201,7 +202,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, tiny, tmp_path):
 
 @pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
 def test_every_setting_is_used(name):
-    source = inspect.getsource(train).split("STAGES")[2]
+    source = inspect.getsource(train).split("STAGES")[2] + inspect.getsource(pipeline)
     assert re.search(rf"\bcfg\.{name}\b", source), f"--{name} is accepted and dropped"
 
 
@@ -210,11 +211,11 @@ def test_settings_change_the_weights(run, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train.evaluate, "geneval", lambda *arguments: ({}, []))
     monkeypatch.setattr(train, "generate", lambda bundle, prompts: torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
 
-    def batches(dataset, n, cfg, start):
-        images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(start))
-        return itertools.repeat((images, [f"{cfg.synthetic_share} star"] * 8, None))
+    def batches(dataset, n, cfg, start, rank, world):
+        images = torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(start))
+        return itertools.repeat((images, [f"{cfg.synthetic_share} star"] * n, None))
 
-    monkeypatch.setattr(train, "batches", batches)
+    monkeypatch.setattr(pipeline, "batches", batches)
 
     def trained(name, **change):
         run(stage="pretrain", out=str(tmp_path / name), weights=str(tiny), **change)
@@ -246,59 +247,6 @@ def test_defaults_and_flags_agree(run, tmp_path, monkeypatch):
     run(stage="all", out=str(tmp_path), steps=7)
     assert (seen[0].steps, seen[0].lr, seen[0].muon_lr) == (3, 5.0, DEFAULTS["vae"]["muon_lr"])
     assert [(cfg.stage, cfg.steps) for cfg in seen[1:]] == [("vae", 3), ("clip", 3), ("t5", 3), ("pretrain", 7)]
-
-
-# ---- data
-
-def test_shuffled_epochs():
-    order = list(itertools.islice(train.shuffled(0, 10, seed=3), 40))
-    epochs = [order[i:i + 10] for i in range(0, 40, 10)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len({*map(tuple, epochs)}) == 4
-    for start in (0, 3, 10, 25):
-        assert list(itertools.islice(train.shuffled(start, 10, seed=3), 12)) == order[start:start + 12]
-    assert list(itertools.islice(train.shuffled(5, 2 ** 31, seed=3), 3)) == [5, 6, 7]
-
-
-def test_batches_do_not_depend_on_workers_or_on_where_they_start():
-    def some(start, n, workers):
-        return [(images, captions) for images, captions, _ in itertools.islice(train.batches(Shapes("all", 16, 16), 4, replace(TINY, workers=workers), start), n)]
-
-    plain = some(0, 4, 0)
-    assert plain[0][0].shape == (4, 3, 16, 16) and plain[0][0].min() >= -1 and plain[0][0].max() <= 1
-    for other in (some(0, 4, 2), plain[:2] + some(8, 2, 0)):
-        assert all(a.equal(b) and c == d for (a, c), (b, d) in zip(plain, other, strict=True))
-
-
-def test_encoded_batches_go_on_from_anywhere(tiny):
-    bundle, world, cfg = checkpoint.load_bundle(tiny), Shapes("all", 32, 32), replace(TINY, chunk=9)
-
-    def some(start, n, dataset=world):
-        return list(itertools.islice(train.encoded_batches(dataset, bundle, cfg, start), n))
-
-    plain = some(0, 7)                                                            # chunks of 8 samples, each seen twice: 4 batches
-    assert [tuple(map(len, batch)) for batch in plain] == [(4, 4, 4)] * 7
-    for start in (1, 2, 5):
-        assert all(a.equal(b) for x, y in zip(plain[start:], some(4 * start, 7 - start), strict=True) for a, b in zip(x, y))
-    texts = [(context, pooled) for _, context, pooled in plain[:4]]
-    latents = torch.cat([x for x, *_ in plain[:2]]), torch.cat([x for x, *_ in plain[2:4]])
-    assert not latents[0].equal(latents[1]) and texts[0][0].dtype == torch.float32
-
-
-def test_encoded_batches_are_full_though_pictures_cannot_be_read(tiny, pictures):
-    dataset = train.open_data(f"folder:{pictures}", 32, 32)
-    batches = itertools.islice(train.encoded_batches(dataset, checkpoint.load_bundle(tiny), replace(TINY, chunk=400, batch_size=200), 0), 6)
-    assert [len(latents) for latents, *_ in batches] == [200] * 6
-
-
-def test_encoded_text_belongs_to_its_picture(tiny):
-    """Latents and text of a sample, encoded alone, are found side by side."""
-    bundle, world = checkpoint.load_bundle(tiny), Shapes("all", 32, 32)
-    latents, context, pooled, text = train.encoded(world, bundle, replace(TINY, precision="fp32"), 0, 8)
-    images, captions, _ = next(train.batches(world, 8, TINY))
-    alone = bundle.text.encode(captions)
-    torch.testing.assert_close(latents[:8], bundle.vae.to_latents(images, sample=False), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(context[text[:8]].float(), alone[0], atol=5e-3, rtol=5e-3)
-    torch.testing.assert_close(pooled[text[:8]].float(), alone[1], atol=5e-3, rtol=5e-3)
 
 
 # ---- the loop
