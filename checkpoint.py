@@ -96,8 +96,16 @@ def read_object(path):
 
 
 def save_checkpoint(path, state):
-    """A dict of tensors, numbers, strings, lists and dicts to `path`."""
-    write(path, lambda temporary: torch.save(state, temporary))
+    """A dict of tensors, numbers, strings, lists and dicts to `path`. A full disk is an OSError; an older file is then as it was."""
+    def save(temporary):
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    try:
+        write(path, save)
+    except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of it
+        raise OSError(f"{path} cannot be written: {first_line(error)} (is the disk full?)") from None
 
 
 def load_checkpoint(path, device="cpu", mmap=False):

@@ -196,7 +196,9 @@ class JointBlock(nn.ModuleDict):
         return y.transpose(1, 2).flatten(2)                                   # (B, T, D)
 
     def forward(self, xs, ms):
-        """One (B, N, D) and one modulation a stream -> the streams (B, N, D), without those that end here."""
+        """One (B, N, D) a stream; one modulation a stream, or the vector c (B, D) to make them of -> the streams (B, N, D), without those that end here."""
+        if torch.is_tensor(ms):
+            ms = [stream.adaLN_modulation(ms) for stream in self.values()]
         qkv, rests = zip(*(stream.before(x, m) for stream, x, m in zip(self.values(), xs, ms)))
         y = self.attend(*(torch.cat(parts, dim=1) for parts in zip(*qkv)))    # (B, T, D)
         ys = y.split([q.shape[1] for q, _, _ in qkv], dim=1)
@@ -280,15 +282,20 @@ class MMDiT(nn.Module):
 
     def forward(self, latents, t, context, pooled):
         """(B, C, h, w), (B,) in [0, 1], (B, L, context_dim), (B, pooled_dim) -> (B, out_channels, h, w)"""
-        return self.denoise(latents, self.context_embedder(context), self.modulations(t, pooled))
+        return self.denoise(latents, self.context_embedder(context), self.conditioning(t, pooled))
+
+    def conditioning(self, t, pooled):
+        """(B,), (B, pooled_dim) -> c (B, D); every modulation starts with it."""
+        return F.silu(self.t_embedder(embed_timestep(t).to(pooled.dtype)) + self.y_embedder(pooled))
 
     def modulations(self, t, pooled):
         """(B,), (B, pooled_dim) -> what adaLN does in each stream of each block, then in the final layer: a list of (B, vectors * D). No latents: a sampler may ask for all its steps at once."""
-        c = F.silu(self.t_embedder(embed_timestep(t).to(pooled.dtype)) + self.y_embedder(pooled))      # (B, D); every modulation starts with it
+        c = self.conditioning(t, pooled)
         return [layer.adaLN_modulation(c) for layer in (*(stream for block in self.joint_blocks for stream in block.values()), self.final_layer)]
 
     def denoise(self, latents, text, modulations):
-        """`forward` with its text embedded and its modulations known."""
+        """`forward` with its text embedded. `modulations`: all of them, or the vector c (B, D) of which each block then makes its own, since FSDP gathers a block's weights for its forward alone."""
+        known = not torch.is_tensor(modulations)
         p = self.patch_size
         h, w = latents.shape[2] // p, latents.shape[3] // p
         if (h * p, w * p) != latents.shape[2:]:
@@ -299,7 +306,8 @@ class MMDiT(nn.Module):
         if streams == 1:
             xs = [torch.cat(xs, dim=1)]
         for i, block in enumerate(self.joint_blocks):
-            ms = modulations[i * streams:(i + 1) * streams]
+            ms = modulations[i * streams:(i + 1) * streams] if known else modulations
             xs = checkpoint(block, xs, ms, use_reentrant=False) if self.checkpointing and self.training else block(xs, ms)
-        x = self.final_layer(xs[-1][:, -h * w:], modulations[-1])             # (B, N, p * p * C)
+        m = modulations[-1] if known else self.final_layer.adaLN_modulation(modulations)
+        x = self.final_layer(xs[-1][:, -h * w:], m)                           # (B, N, p * p * C)
         return x.unflatten(2, (p, p, -1)).unflatten(1, (h, w)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)       # (B, C, h, w)

@@ -615,11 +615,15 @@ class TextEncoders(nn.Module):
             del encoder                                                       # before the next is loaded: with keep=False it was the last reference
         return context, pooled
 
-    def drop(self, context, pooled, p=0.464, generator=None):
-        """Each encoder's share becomes zeros with probability p, independently for each sample; 0.464^3 = 10 % are left without any text (App. B.3)."""
+    def kept(self, n, p=0.464, generator=None):
+        """(n, 3): which encoders' shares n samples keep."""
+        return torch.stack([torch.rand(n, generator=generator, device=generator.device if generator else None) >= p for _ in self.sizes.shares()], 1)
+
+    def drop(self, context, pooled, p=0.464, generator=None, kept=None):
+        """Each encoder's share becomes zeros with probability p, independently for each sample; 0.464^3 = 10 % are left without any text (App. B.3). Or as `kept` says."""
         context, pooled = context.clone(), pooled.clone()
-        for rows, channels, part in self.sizes.shares().values():
-            keep = torch.rand(len(context), generator=generator, device=generator.device if generator else None).to(context.device) >= p
+        kept = self.kept(len(context), p, generator) if kept is None else kept
+        for (rows, channels, part), keep in zip(self.sizes.shares().values(), kept.to(context.device).unbind(1)):
             context[:, rows, channels] *= keep[:, None, None]
             pooled[:, part] *= keep[:, None]
         return context, pooled

@@ -4,10 +4,12 @@
     python train.py --stage all --out runs/mine                 # a whole SD3 from nothing: autoencoder, CLIPs, T5, MM-DiT
     python train.py --stage all --data folder:pictures --out runs/mine
     python train.py --data latents:runs/latents                 # computed ahead by data.py precompute
-    python train.py --stage pretrain --out runs/mine --resume   # go on where it stopped
+    python train.py --stage pretrain --out runs/mine --resume   # go on where it stopped, to the bit
+    torchrun --nproc_per_node 8 train.py --depth 24 --device cuda --grad-accum 2 [--sharding fsdp] --out runs/large
 
 A run folder is a bundle that sample.py --weights takes, with metrics.jsonl, STAGE-loss.png, sample grids and, until the stage is done,
-a checkpoint to resume from. Step k's samples, noise and times depend on the seed and k alone (pipeline.py).
+checkpoints to resume from. Sample i of step k, its noise, time and dropout depend on the seed, k and i alone, whatever the number of processes
+and micro-batches: all draw for the whole batch and take their rows. Read on: optim.py, distributed.py, pipeline.py.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -27,14 +29,18 @@ class TrainConfig:
     resume: bool = flag(False, "go on from the run folder's checkpoint", "run")
     seed: int = flag(0, "of weights, data, noise", "run")
     steps: int = flag(0, "optimizer steps of the stage; 0: its default (with stage all: of pretrain)", "optimization")
-    batch_size: int = flag(0, "samples a step; 0: the stage's default", "optimization")
+    batch_size: int = flag(0, "samples a step, over all processes; 0: the stage's default", "optimization")
+    grad_accum: int = flag(1, "micro-batches that a process's part of the batch is cut into: less memory, the same training", "optimization")
     lr: float = flag(0.0, "learning rate of AdamW; 0: the stage's default", "optimization")
     muon_lr: float = flag(0.0, "learning rate of Muon on the hidden matrices; 0: the stage's default, -1: AdamW for all", "optimization")
     warmup: int = flag(100, "steps of linear warm-up", "optimization")
-    decay: float = flag(0.7, "last share of the steps, over which the learning rate falls linearly to zero", "optimization")
+    lr_schedule: str = flag("linear", "how the learning rate falls to zero over the last steps, or not", "optimization", choices=("constant", "linear", "cosine"))
+    decay: float = flag(0.7, "last share of the steps, over which the learning rate falls to zero", "optimization")
     weight_decay: float = flag(0.0, "of AdamW", "optimization")
     clip_grad: float = flag(1.0, "largest norm of the gradient", "optimization")
     ema_decay: float = flag(0.998, "of the averaged weights, a step", "optimization")
+    ema_every: int = flag(1, "steps between updates of the averaged weights", "optimization")
+    max_bad_steps: int = flag(10, "steps skipped for a loss or gradient that is not finite, before the run ends", "optimization")
     depth: int = flag(4, "of the MM-DiT: width 64 depth, depth heads", "model")
     qk_norm: bool = flag(True, "RMSNorm on Q and K", "model")
     weight_sets: int = flag(2, "sets of weights a block: 2 is the paper's, 1 a DiT, 3 for CLIP, T5 and image", "model")
@@ -56,27 +62,38 @@ class TrainConfig:
     reuse: int = flag(6, "times an encoded sample is seen before fresh ones are encoded", "data")
     workers: int = flag(2, "processes that read or draw pictures", "data")
     kl_weight: float = flag(1e-6, "of the autoencoder's KL term", "autoencoder")
-    eval_every: int = flag(2000, "steps between validations, grids and checkpoints", "log")
+    eval_every: int = flag(2000, "steps between validations and grids", "log")
+    checkpoint_every: int = flag(0, "steps between checkpoints; 0: as eval-every", "log")
+    keep: int = flag(2, "newest checkpoints that are kept", "log")
+    milestone_every: int = flag(0, "steps between checkpoints that are kept for good; 0: none", "log")
+    watch_every: int = flag(0, "steps between records of each block's largest attention logit and entropy (Fig. 5); 0: never", "log")
     log_every: int = flag(50, "steps between lines of metrics.jsonl", "log")
     device: str = flag("cpu", "cpu, cuda, mps", "machine")
     precision: str = flag("auto", "of the activations in training, weights stay fp32; auto: bf16 on GPUs and on CPUs that multiply in it", "machine",
                           choices=("auto", "fp32", "bf16"))
+    tf32: bool = flag(True, "products of fp32 matrices in TF32, on GPUs", "machine")
+    checkpointing: bool = flag(False, "recompute each block of the MM-DiT in the backward pass: less memory, a third more time", "machine")
+    sharding: str = flag("ddp", "each process has all weights, or a part (fsdp: FSDP2)", "machine", choices=("ddp", "fsdp"))
     compile: bool = flag(False, "torch.compile the MM-DiT; needs a C++ compiler on CPUs", "machine")
     threads: int = flag(0, "CPU threads; 0: torch's choice", "machine")
 
 
 # What a stage of the miniature takes unless a flag says otherwise; measured on 2 cores (README).
 DEFAULTS = {"vae": dict(steps=12000, batch_size=16, lr=1e-3, muon_lr=0.02),
-            "clip": dict(steps=1200, batch_size=128, lr=1e-3, muon_lr=-1.0),
+            "clip": dict(steps=1200, batch_size=128, lr=1e-3, muon_lr=-1.0, grad_accum=1),
             "t5": dict(steps=4000, batch_size=32, lr=1e-3, muon_lr=-1.0),
             "pretrain": dict(steps=14000, batch_size=64, lr=1e-3, muon_lr=0.02)}
 
 if __name__ == "__main__":
     CONFIG = parse_config(TrainConfig, description=__doc__)  # before the heavy imports: --help answers at once
 
+import contextlib
 import copy
+import itertools
 import json
 import math
+import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -87,11 +104,13 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import distributed
 import evaluate
 from data import Latents, open_data
 from flow import formulation, shift
 from mmdit import MMDiT
-from pipeline import autocast, batches, caption_batches, check_fingerprint, conditioned_batches, count, first, first_captions, report_skipped
+from optim import local, lr_factor, make_optimizers, update_average, whole
+from pipeline import autocast, batches, caption_batches, check_fingerprint, conditioned_batches, count, first, first_captions, precision, report_skipped
 from sample import check_device, check_size, generate, grid, save_png, to_uint8
 from text_encoders import (BPETokenizer, CLIPTextEncoder, T5Denoiser, T5Encoder, UnigramTokenizer, contrastive_loss,
                            span_corruption)
@@ -99,157 +118,261 @@ from vae import AutoencoderKL, psnr, vae_loss
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Optimization
-
-class MuonConv(torch.optim.Muon):
-    """torch's Muon, which takes matrices alone, on convolutions too: each kernel (out, in, 3, 3) as a matrix (out, in * 9)."""
-
-    def __init__(self, parameters, **options):
-        self.kernels = list(parameters)
-        super().__init__([torch.nn.Parameter(p.detach().flatten(1)) for p in self.kernels], **options)
-
-    def step(self, closure=None):
-        for matrix, kernel in zip(self.param_groups[0]["params"], self.kernels):
-            matrix.grad = kernel.grad.flatten(1)
-        super().step(closure)
-
-
-def make_optimizers(module, cfg):
-    """[AdamW] or, where the stage takes Muon, [Muon on hidden weights, AdamW on the rest]: embeddings, inputs, outputs, modulations, norms, biases."""
-    rest = ("embed", "shared", "adaLN", "final_layer", "conv_in", "conv_out", "lm_head", "projection", "logit_scale")
-    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    hidden = [p for name, p in parameters.items() if cfg.muon_lr > 0 and p.ndim >= 2 and not any(word in name for word in rest)]
-    others = [p for p in parameters.values() if not any(p is h for h in hidden)]
-    adamw = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-15, weight_decay=cfg.weight_decay, fused=True)  # eps: Sec. 5.3.2
-    return [MuonConv(hidden, lr=cfg.muon_lr, weight_decay=0.0), adamw] if hidden else [adamw]
-
-
-def lr_factor(step, cfg):
-    """Linear warm-up, constant, linear decay to zero over the last `decay` of the steps; in (0, 1]."""
-    left = (cfg.steps - step) / max(cfg.steps * cfg.decay, 1)
-    return min((step + 1) / max(cfg.warmup, 1), left, 1.0)
-
+# The files of a run
 
 class Run:
-    """The files of a stage in a run folder: metrics.jsonl, STAGE-loss.png and the checkpoint."""
+    """The files of a stage in a run folder, which rank 0 writes: metrics.jsonl, STAGE-loss.png, and the checkpoints STAGE-STEP.ckpt (with FSDP, folders).
+
+    A checkpoint has this name only when it is whole."""
 
     def __init__(self, cfg):
         self.cfg, self.folder = cfg, Path(cfg.out)
-        self.checkpoint, self.metrics = self.folder / f"{cfg.stage}.ckpt", self.folder / "metrics.jsonl"
+        self.metrics = self.folder / "metrics.jsonl"
+
+    def checkpoints(self):
+        """{step: path}, the newest last."""
+        return {int(path.stem.split("-")[1]): path for path in sorted(self.folder.glob(f"{self.cfg.stage}-{'[0-9]' * 7}*.ckpt"))}
+
+    def latest(self):
+        return next(reversed(self.checkpoints().values()), None)
 
     def refuse_to_overwrite(self):
-        if not self.cfg.resume and (self.checkpoint.exists() or self.done()):
+        if not self.cfg.resume and (self.checkpoints() or self.done()):
             raise ValueError(f"{self.folder} holds a run of stage {self.cfg.stage}: --resume goes on with it, another --out starts afresh")
 
-    def start(self):
-        """The state to resume from, or None for a fresh stage."""
+    def start(self, step):
+        """At `step`: forgets what a killed run wrote after its last checkpoint."""
+        if distributed.rank():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = checkpoint.load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
-        if state is not None and not (isinstance(state, dict) and {"step", "model", "ema", "optimizers"} <= state.keys()):
-            raise ValueError(f"{self.checkpoint} is no training checkpoint")
-        done = state["step"] if state else 0
-        kept = [row for row in self.rows() if row["stage"] != self.cfg.stage or row["step"] <= done]
+        for left in self.folder.glob(f".{self.cfg.stage}-*.ckpt*"):
+            remove(left)
+        kept = [row for row in self.rows() if row["stage"] != self.cfg.stage or row["step"] <= step]
         checkpoint.write(self.metrics, lambda temporary: Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in kept)))
         checkpoint.write_json(self.folder / f"{self.cfg.stage}-config.json", asdict(self.cfg))
-        return state
+
+    def save(self, step, module, averages, optimizers, **numbers):
+        """Beside, then renamed; then the older ones go, but for `keep` and milestones."""
+        path, every = self.folder / f"{self.cfg.stage}-{step:07}.ckpt", self.cfg.milestone_every
+        if not torch.stack(torch._foreach_norm(local(module.parameters()))).isfinite().all():
+            raise ValueError(f"the weights of stage {self.cfg.stage} are no longer finite at step {step}; {self.last_good()} (a smaller --lr may help)")
+        if self.cfg.sharding == "fsdp":
+            distributed.save_sharded(path, distributed.sharded_state(module, averages, optimizers, {"step": step, **numbers}))
+        elif distributed.rank() == 0:
+            ema = {**module.state_dict(), **dict(zip((name for name, _ in module.named_parameters()), averages))}
+            checkpoint.save_checkpoint(path, {"step": step, "model": module.state_dict(), "ema": {k: x.detach() for k, x in ema.items()},
+                                              "optimizers": [o.state_dict() for o in optimizers], "config": asdict(self.cfg), **numbers})
+        if distributed.rank() == 0:
+            for old, path in list(self.checkpoints().items())[:-self.cfg.keep]:
+                if not every or old % every:
+                    remove(path)
+
+    def load(self, module, averaged, averages, optimizers):
+        """Fills them from the newest checkpoint, if any; -> (step, bad steps)."""
+        path, numbers = self.latest(), {"step": 0, "bad": 0}
+        if path is None:
+            return 0, 0
+        if path.is_dir() != (self.cfg.sharding == "fsdp"):
+            raise ValueError(f"{path} was saved with --sharding {'fsdp' if path.is_dir() else 'ddp'}")
+        if path.is_dir():
+            numbers = distributed.load_sharded(path, module, averages, optimizers, numbers)
+        else:
+            state = checkpoint.load_checkpoint(path)
+            if not (isinstance(state, dict) and {"step", "model", "ema", "optimizers"} <= state.keys()):
+                raise ValueError(f"{path} is no training checkpoint")
+            checkpoint.load_strictly(module, state["model"], path)
+            checkpoint.load_strictly(averaged, state["ema"], path)
+            for optimizer, saved in zip(optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
+            numbers |= {name: state[name] for name in numbers.keys() & state.keys()}
+        return numbers["step"], numbers["bad"]
+
+    def last_good(self):
+        return f"the last good checkpoint is {self.latest()}" if self.latest() else "there is no checkpoint yet"
 
     def done(self):
         return any(row["stage"] == self.cfg.stage and row.get("done") for row in self.rows())
 
     def finish(self):
-        """The stage's part is written: the checkpoint has served."""
+        """The stage's part is written: the checkpoints have served, but for milestones."""
         self.log(self.cfg.steps, done=True)
-        self.checkpoint.unlink(missing_ok=True)
+        for step, path in self.checkpoints().items() if distributed.rank() == 0 else ():
+            if not self.cfg.milestone_every or step % self.cfg.milestone_every:
+                remove(path)
 
     def rows(self):
         lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
 
     def log(self, step, **values):
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps({"stage": self.cfg.stage, "step": step, **values}) + "\n")
+        if distributed.rank() == 0:
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps({"stage": self.cfg.stage, "step": step, **values}) + "\n")
 
     def plot(self):
         """STAGE-loss.png: the training loss and every validation figure over the steps of this stage."""
-        rows = [row for row in self.rows() if row["stage"] == self.cfg.stage]
-        names = sorted({k for row in rows for k, v in row.items() if isinstance(v, float) and k not in ("lr", "rate", "grad_norm")})
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        figure, axes = plt.subplots(1, max(len(names), 1), figsize=(4 * max(len(names), 1), 3), squeeze=False)
-        for axis, name in zip(axes[0], names):
-            axis.plot([row["step"] for row in rows if name in row], [row[name] for row in rows if name in row])
-            axis.set(title=name, xlabel="step")
-            axis.grid(alpha=0.3)
-        figure.tight_layout()
-        checkpoint.write(self.folder / f"{self.cfg.stage}-loss.png", lambda temporary: figure.savefig(temporary, format="png"))
-        plt.close(figure)
+        draw_metrics({"": [row for row in self.rows() if row["stage"] == self.cfg.stage]}, self.folder / f"{self.cfg.stage}-loss.png")
 
 
-def fit(cfg, module, data, loss_of, validate):
-    """Train `module` and return its averaged copy.
+def remove(path):
+    """A file or a folder, which is no checkpoint any more when its removal begins."""
+    if path.is_dir():
+        path = path.rename(path.with_name(f".{path.name.lstrip('.')}.old"))
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
-    data(start) yields batches from sample `start` on; loss_of(module, batch, generator) -> (loss, {name: number or list});
-    validate(averaged module, step) -> {name: number}, called every eval_every steps and at the end."""
+
+def draw_metrics(rows_of, path):
+    """{run: rows}: one panel a figure, one line a run, over the steps."""
+    skip = "lr", "rate", "grad_norm"
+    names = sorted({k for rows in rows_of.values() for row in rows for k, v in row.items() if isinstance(v, float) and k not in skip})
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, max(len(names), 1), figsize=(4 * max(len(names), 1), 3), squeeze=False)
+    for axis, name in zip(axes[0], names):
+        for run, rows in rows_of.items():
+            axis.plot([row["step"] for row in rows if name in row], [row[name] for row in rows if name in row], label=run)
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+    if len(rows_of) > 1:
+        axes[0, 0].legend()
+    figure.tight_layout()
+    checkpoint.write(path, lambda temporary: figure.savefig(temporary, format="png"))
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+
+def place():
+    return distributed.rank(), distributed.world()
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """SIGTERM, a cluster's preemption, and Ctrl-C are noted in the list that is yielded, and obeyed at the end of the step; a second one ends the process at once."""
+    noted = []
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def watched(module, on):
+    """Fig. 5: yields a list that gets (largest logit, mean entropy in nats) of each attention while `on`."""
+    seen, blocks = [], list(module.joint_blocks) if on else []
+
+    def recording(attention):
+        def attend(q, k, v):
+            with torch.no_grad():
+                logits = q.float() @ k.float().mT * q.shape[-1] ** -0.5
+                p = logits.softmax(-1)
+                seen.append((logits.max(), -torch.xlogy(p, p).sum(-1).mean()))
+            return attention(q, k, v)
+        return attend
+
+    before = [block.attention for block in blocks]
+    for block in blocks:
+        block.attention = recording(block.attention)
+    try:
+        yield seen
+    finally:
+        for block, attention in zip(blocks, before):
+            block.attention = attention
+
+
+def gradients(network, columns, cfg):
+    """Leaves the gradient of the batch's mean loss in the weights' .grad; -> this process's mean loss and [{name: number or list}] of each micro-batch."""
+    losses, values = [], []
+    for k in range(cfg.grad_accum):
+        with distributed.synchronized(network, k == cfg.grad_accum - 1):
+            with autocast(cfg):
+                loss, parts = network(*(x[k::cfg.grad_accum] for x in columns))
+            (loss / cfg.grad_accum).backward()
+        losses.append(loss.item())
+        values.append(parts)
+    return float(np.mean(losses)), values
+
+
+def fit(cfg, module, data, draw, loss_of, validate):
+    """Train `module` and return its averaged copy (with FSDP whole on rank 0 alone).
+
+    data(start) yields batches from sample `start` on; draw(batch, generator) -> the columns, tensors or lists, of this process's rows of a batch with their noise, drawn for all
+    rows from the step's generator; loss_of(module, *columns of a micro-batch) -> (loss, {name: number or list});
+    validate(averaged module, step) -> {name: number}, called on rank 0 every eval_every steps and at the end."""
     run = Run(cfg)
-    state = run.start()
     module.to(cfg.device).train()
     averaged = copy.deepcopy(module).eval().requires_grad_(False)
-    optimizers = make_optimizers(module, cfg)
+    network = distributed.wrap(module, loss_of, cfg, precision(cfg))
+    averages = [p.detach().clone() for p in module.parameters()] if cfg.sharding == "fsdp" else list(averaged.parameters())
+    optimizers = make_optimizers(module, cfg, precision(cfg))
     base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    step = 0
-    if state:
-        step = state["step"]
-        checkpoint.load_strictly(module, state["model"], run.checkpoint)
-        checkpoint.load_strictly(averaged, state["ema"], run.checkpoint)
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+    step, bad = run.load(module, averaged, averages, optimizers)
+    run.start(step)
 
     def save():
-        checkpoint.save_checkpoint(run.checkpoint, {"step": step, "model": module.state_dict(), "ema": averaged.state_dict(),
-                                                    "optimizers": [o.state_dict() for o in optimizers], "config": asdict(cfg)})
+        run.save(step, module, averages, optimizers, bad=bad)
 
     def evaluated():
-        values = validate(averaged, step)
-        run.log(step, **values)
-        run.plot()
-        tqdm.write(f"{cfg.stage} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float)), file=sys.stderr)
+        if cfg.sharding == "fsdp":
+            for p, average in zip(averaged.parameters(), averages):
+                p.copy_(whole(average))
+        if distributed.rank() == 0:
+            values = validate(averaged, step)
+            run.log(step, **values)
+            run.plot()
+            tqdm.write(f"{cfg.stage} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float)), file=sys.stderr)
+        distributed.barrier()
 
     recent, begun, seen = [], time.time(), 0
-    bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
-    try:
-        for batch in data(step * cfg.batch_size):
-            if step >= cfg.steps:
-                break
+    bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step", mininterval=1 if sys.stderr.isatty() else 30, disable=distributed.rank() > 0)
+    with bar, noted_signals() as signals:
+        for batch in itertools.islice(data(step * cfg.batch_size), cfg.steps - step):
             for optimizer, rate in zip(optimizers, base_rates):
                 optimizer.param_groups[0]["lr"] = rate * lr_factor(step, cfg)
-            generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-            with autocast(cfg):
-                loss, values = loss_of(module, batch, generator)
+            columns = draw(batch, torch.Generator().manual_seed(cfg.seed * 1_000_003 + step))
             module.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(module.parameters(), cfg.clip_grad)
-            if not (loss.isfinite() and norm.isfinite()):
-                raise ValueError(f"the {cfg.stage} loss is {loss.item()} and its gradient {norm.item()} at step {step}; the last good checkpoint is "
-                                 f"{run.checkpoint} (a smaller --lr may help)")
-            for optimizer in optimizers:
-                optimizer.step()
+            with watched(module, cfg.watch_every and (step + 1) % cfg.watch_every == 0 and cfg.stage == "pretrain") as attentions:
+                loss, values = gradients(network, columns, cfg)
+            norm = distributed.clip_gradients(module, cfg.clip_grad).item()
+            loss, stopping = distributed.mean([loss, bool(signals)], cfg.device)   # the same in all processes: they stop at one step
             step += 1
-            decay = min(cfg.ema_decay, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(averaged.parameters()), [p.detach() for p in module.parameters()], 1 - decay)
-            recent.append({"loss": loss.item(), "grad_norm": norm.item(), **values})
+            if math.isfinite(loss) and math.isfinite(norm):
+                for optimizer in optimizers:
+                    optimizer.step()
+                update_average(averages, module.parameters(), step, cfg)
+                recent += [{"loss": loss, "grad_norm": norm, **parts} for parts in values]
+            else:
+                bad += 1
+                what = f"the {cfg.stage} loss is {loss} and its gradient {norm} at step {step}"
+                if bad > cfg.max_bad_steps:
+                    raise ValueError(f"{what}, the {bad}. step that is not finite; {run.last_good()} (a smaller --lr may help)")
+                run.log(step, bad_steps=bad)
+                tqdm.write(f"{what}: skipped ({bad} so far)", file=sys.stderr)
             seen += cfg.batch_size
             bar.update()
-            if step % cfg.log_every == 0:
-                run.log(step, **mean_of(recent), lr=optimizers[-1].param_groups[0]["lr"], rate=seen / (time.time() - begun))
+            if attentions:
+                blocks = [attentions[i::len(module.joint_blocks)] for i in range(len(module.joint_blocks))]
+                run.log(step, max_logits=[max(top.item() for top, _ in block) for block in blocks], entropies=[np.mean([e.item() for _, e in block]) for block in blocks])
+            if step % cfg.log_every == 0 and (rows := distributed.everyones(recent)):
+                run.log(step, **mean_of(rows), lr=optimizers[-1].param_groups[0]["lr"], rate=seen / (time.time() - begun))
                 bar.set_postfix(loss=f"{np.mean([r['loss'] for r in recent]):.4f}")
                 recent = []
-            if step % cfg.eval_every == 0 and step < cfg.steps:
+            if step % cfg.eval_every == 0 and step < cfg.steps and not stopping:
                 evaluated()
+            if (step % (cfg.checkpoint_every or cfg.eval_every) == 0 and step < cfg.steps) or stopping or (cfg.milestone_every and step % cfg.milestone_every == 0):
                 save()
-    except KeyboardInterrupt:
-        save()
-        raise SystemExit(f"\nstopped at step {step}; the same command with --resume goes on") from None
-    bar.close()
+            if stopping:
+                raise SystemExit(f"\nstopped at step {step}; the same command with --resume goes on" if distributed.rank() == 0 else 1)
     evaluated()
     return averaged
 
@@ -260,7 +383,7 @@ def mean_of(rows):
         if isinstance(values[0], list):
             return [mean(column) for column in zip(*values)]
         there = [v for v in values if v is not None]
-        return round(float(np.mean(there)), 5) if there else None
+        return round(float(np.mean(there)), 7) if there else None
     return {key: mean([row[key] for row in rows]) for key in rows[0]}
 
 
@@ -280,8 +403,12 @@ def train_vae(cfg):
                         groups=8)
     images = first(held_out, 256, cfg)[0].to(cfg.device)
 
-    def loss_of(vae, batch, generator):
-        loss, parts = vae_loss(vae, batch[0].to(cfg.device), kl_weight=cfg.kl_weight, generator=generator)
+    def draw(batch, generator):
+        shape = cfg.batch_size, cfg.latent_channels, batch[0].shape[2] // 8, batch[0].shape[3] // 8
+        return batch[0], distributed.own(torch.randn(shape, generator=generator))
+
+    def loss_of(vae, images, noise):
+        loss, parts = vae_loss(vae, images.to(cfg.device), kl_weight=cfg.kl_weight, noise=noise.to(cfg.device))
         return loss, {name: part.item() for name, part in parts.items()}
 
     @torch.no_grad()
@@ -291,7 +418,9 @@ def train_vae(cfg):
         save_png(grid(to_uint8(pairs), columns=8), Path(cfg.out) / "vae.png", {"step": step})
         return {"psnr": psnr(recon, images).mean().item()}
 
-    vae = fit(cfg, vae, lambda start: batches(dataset, cfg.batch_size, cfg, start), loss_of, validate)
+    vae = fit(cfg, vae, lambda start: batches(dataset, cfg.batch_size, cfg, start, *place()), draw, loss_of, validate)
+    if distributed.rank():
+        return
     with torch.no_grad():
         latents = torch.cat([vae.encode(batch)[0] for batch in first(dataset, 2048, cfg)[0].to(cfg.device).split(256)])
     vae.set_normalisation(latents.mean((0, 2, 3)).cpu(), latents.std((0, 2, 3)).cpu())  # per channel
@@ -325,9 +454,11 @@ def train_clip(cfg):
         image = towers["clip_image"](images.to(cfg.device)).split([width_l, width_g], 1)
         return [(image[0], towers["clip_l"](tokens_l)[1]), (image[1], towers["clip_g"](tokens_g)[1])]
 
-    def loss_of(towers, batch, generator):
+    def loss_of(towers, images, texts):
+        """Every picture of the batch against every text of it, wherever they are."""
+        pairs = features(towers, images, texts)
         scale = towers["clip_image"].logit_scale.clamp(max=math.log(100))
-        losses = [contrastive_loss(i, t, scale) for i, t in features(towers, batch[0], batch[1])]
+        losses = [contrastive_loss(distributed.gathered(i), distributed.gathered(t), scale) for i, t in pairs]
         return sum(losses), {"loss_l": losses[0].item(), "loss_g": losses[1].item()}
 
     images, _, samples = first(held_out, 1024, cfg)
@@ -340,7 +471,9 @@ def train_clip(cfg):
         ways = min(64, len(images))
         return {"retrieval_l": evaluate.retrieval(*l, ways), "retrieval_g": evaluate.retrieval(*g, ways)}
 
-    towers = fit(cfg, towers, lambda start: batches(dataset, cfg.batch_size, cfg, start), loss_of, validate)
+    towers = fit(cfg, towers, lambda start: batches(dataset, cfg.batch_size, cfg, start, *place()), lambda batch, generator: batch[:2], loss_of, validate)
+    if distributed.rank():
+        return
     checkpoint.write_folder(Path(cfg.out) / "clip_tokenizer", tokenizer.save)
     for name, config in configs.items():
         checkpoint.save_part(cfg.out, name, towers[name], config)
@@ -360,18 +493,29 @@ def train_t5(cfg):
         """Both captions of a scene: what is hidden in one can be told from the other, if the encoder knows what belongs to what."""
         return " . ".join(filter(None, captions[::-1] if flip else captions))
 
-    def loss_of(model, batch, generator):
+    def hidden(batch, generator):
         tokens = tokenizer([document(captions, i % 2) for i, captions in enumerate(batch)])
-        corrupted, targets = span_corruption(tokens, tokenizer.sentinels, rate=0.25, mean_span=1.5, generator=generator)
-        return model.loss(corrupted.to(cfg.device), targets.to(cfg.device)), {}
+        return span_corruption(tokens, tokenizer.sentinels, rate=0.25, mean_span=1.5, generator=generator)
 
-    validation = first_captions(held_out, 256)
+    def draw(batch, generator):
+        """Of the whole batch, for the loss is the mean over all its tokens: a row's weight is the batch's size over its number of tokens."""
+        corrupted, targets = hidden(batch, generator)
+        weights = torch.full((len(batch),), len(batch) / (targets != 0).sum())
+        return distributed.own(corrupted), distributed.own(targets), distributed.own(weights)
+
+    def loss_of(model, corrupted, targets, weights):
+        tokens_a_row = (targets != 0).sum() / len(targets)
+        return model.loss(corrupted.to(cfg.device), targets.to(cfg.device)) * (weights[0] * tokens_a_row).item(), {}
+
+    validation = hidden(first_captions(held_out, 256), torch.Generator().manual_seed(0))
 
     @torch.no_grad()
     def validate(model, step):
-        return {"val_loss": loss_of(model, validation, torch.Generator().manual_seed(0))[0].item()}
+        return {"val_loss": model.loss(*(x.to(cfg.device) for x in validation)).item()}
 
-    model = fit(cfg, model, lambda start: caption_batches(dataset, cfg.batch_size, cfg, start), loss_of, validate)
+    model = fit(cfg, model, lambda start: caption_batches(dataset, cfg.batch_size, cfg, start), draw, loss_of, validate)
+    if distributed.rank():
+        return
     encoder = T5Encoder(**config)
     encoder.load_state_dict({k: v for k, v in model.state_dict().items() if k in encoder.state_dict()})
     checkpoint.write_folder(Path(cfg.out) / "t5_tokenizer", tokenizer.save)
@@ -397,11 +541,13 @@ def train_mmdit(cfg):
     clip_l = Path(cfg.weights if "clip_l" in missing else cfg.out) / "clip_l.json"
     if clip_l.exists() and cfg.clip_length > (most := checkpoint.read_json(clip_l)["length"]):
         raise ValueError(f"--clip-length is {cfg.clip_length}; the CLIPs of {clip_l.parent} have positions for {most}")
-    if missing:
+    if missing and not distributed.rank():
         checkpoint.copy_parts(cfg.weights, cfg.out, missing)
     config = {"clip_length": cfg.clip_length, "t5_length": cfg.t5_length, "resolution": cfg.resolution, "formulation": cfg.formulation,
               "shift": cfg.shift, "steps": 28, "cfg": cfg.cfg, "sampler": "euler", "unconditional": "zeros", "data": cfg.data}
-    checkpoint.write_json(Path(cfg.out) / "config.json", config)
+    if not distributed.rank():
+        checkpoint.write_json(Path(cfg.out) / "config.json", config)
+    distributed.barrier()
     bundle = checkpoint.load_bundle(cfg.out, cfg.device)
     sizes, form = bundle.text.sizes, formulation(cfg.formulation)
     patches = cfg.resolution // 16
@@ -413,17 +559,23 @@ def train_mmdit(cfg):
     if cfg.init_from:
         checkpoint.load_strictly(model, checkpoint.load_checkpoint(Path(cfg.init_from) / "mmdit.pt"), cfg.init_from)
 
+    model.checkpointing = cfg.checkpointing
     network = torch.compile(model) if cfg.compile else model
 
-    def loss_of(_, batch, generator):
-        latents, context, pooled = (x.to(cfg.device) for x in batch)
-        context, pooled = bundle.text.drop(context, pooled, cfg.text_dropout, generator)
-        t = shift(form.sample_t(len(latents), generator, cfg.device), cfg.shift)
+    def draw(batch, generator):
+        kept = bundle.text.kept(cfg.batch_size, cfg.text_dropout, generator)
+        t = shift(form.sample_t(cfg.batch_size, generator), cfg.shift)
+        noise = torch.randn(cfg.batch_size, *batch[0].shape[1:], generator=generator)
+        return *batch, *map(distributed.own, (kept, t, noise))
+
+    def loss_of(_, *columns):
+        latents, context, pooled, kept, t, noise = (x.to(cfg.device) for x in columns)
+        context, pooled = bundle.text.drop(context, pooled, kept=kept)
 
         def out(z, s):
             return network(form.input(z, s), s, context, pooled).float()
 
-        losses = form.loss(out, latents, t=t, generator=generator)
+        losses = form.loss(out, latents, t=t, eps=noise)
         return losses.mean(), {"loss_bins": by_level(losses.detach(), t)}
 
     n = min(512, count(held_out))
@@ -438,7 +590,7 @@ def train_mmdit(cfg):
         scores = evaluate.geneval(bundle, 10)[0] if cfg.data.startswith("shapes") else {}
         return {"val_loss": float(np.mean(levels[:-1])), "val_levels": levels, **scores}
 
-    fit(cfg, model, lambda start: conditioned_batches(dataset, bundle, cfg, start), loss_of, validate)
+    fit(cfg, model, lambda start: conditioned_batches(dataset, bundle, cfg, start, *place()), draw, loss_of, validate)
 
 
 def by_level(losses, t, bins=8):
@@ -457,12 +609,19 @@ def check(cfg):
     check_device(cfg.device)
     formulation(cfg.formulation)
     least = {"steps": 1, "batch_size": 1, "depth": 1, "weight_sets": 1, "latent_channels": 1, "text_width": 32, "clip_length": 3, "t5_length": 3,
-             "chunk": cfg.batch_size, "reuse": 1, "workers": 0, "eval_every": 1, "log_every": 1, "seed": 0, "threads": 0}
+             "chunk": cfg.batch_size, "reuse": 1, "workers": 0, "eval_every": 1, "log_every": 1, "seed": 0, "threads": 0,
+             "grad_accum": 1, "ema_every": 1, "max_bad_steps": 0, "checkpoint_every": 0, "keep": 1, "milestone_every": 0, "watch_every": 0}
     for name, value in least.items():
         if getattr(cfg, name) < value:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; the least is {value}")
     if cfg.stage != "pretrain" and cfg.data.startswith("latents:"):
         raise ValueError(f"--stage {cfg.stage} needs pictures; {cfg.data} is for pretrain")
+    if cfg.batch_size % (parts := distributed.world() * cfg.grad_accum):
+        raise ValueError(f"--batch-size is {cfg.batch_size}: it cannot be split over {distributed.world()} processes and {cfg.grad_accum} micro-batches, {parts} parts")
+    if cfg.stage == "clip" and cfg.grad_accum > 1:
+        raise ValueError(f"--grad-accum is {cfg.grad_accum}; stage clip compares all of a batch with each other: for it 1 is all there is")
+    if cfg.sharding == "fsdp" and cfg.compile:
+        raise ValueError("--compile goes with --sharding ddp")
     if cfg.weight_sets > 3:
         raise ValueError(f"--weight-sets is {cfg.weight_sets}; known are 1, 2, 3")
 
@@ -471,12 +630,19 @@ def main():
     cfg = CONFIG
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
+    with distributed.processes(cfg.device, cfg.sharding) as device:
+        train(replace(cfg, device=device))
+
+
+def train(cfg):
     runs = []
     for stage in TRAIN if cfg.stage == "all" else [cfg.stage]:
         own = {k: v for k, v in DEFAULTS[stage].items() if not getattr(cfg, k) or (cfg.stage == "all" and stage != "pretrain")}
         runs.append(Run(replace(cfg, stage=stage, **own)))
         check(runs[-1].cfg)
         runs[-1].refuse_to_overwrite()
+    distributed.barrier()
     try:
         for run in runs:
             if cfg.resume and run.done():
@@ -484,7 +650,9 @@ def main():
                 continue
             torch.manual_seed(cfg.seed)
             TRAIN[run.cfg.stage](run.cfg)
+            distributed.barrier()
             run.finish()
+            distributed.barrier()
     finally:
         report_skipped()
 

@@ -184,8 +184,9 @@ def per_channel(value, like):
     return like.new_tensor(value).view(-1, 1, 1)   # (1, 1, 1) or (C, 1, 1)
 
 
-def sample_gaussian(mean, logvar, generator=None):
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+def sample_gaussian(mean, logvar, generator=None, noise=None):
+    if noise is None:
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
     return mean + (logvar / 2).exp() * noise
 
 
@@ -217,13 +218,13 @@ def tiled(function, x, tile, unit=1):
 
 # Training: L1 + MSE + KL, and for photographs a perceptual and an adversarial term (Esser et al. 2021, Sec. 3.1; Rombach et al. 2022, App. G).
 
-def vae_loss(vae, images, kl_weight=1e-6, generator=None, perceptual=None, discriminator=None, gan_weight=0.5):
-    """images (B, 3, H, W) in [-1, 1] -> loss, {name: part}, means over the batch.
+def vae_loss(vae, images, kl_weight=1e-6, generator=None, perceptual=None, discriminator=None, gan_weight=0.5, noise=None):
+    """images (B, 3, H, W) in [-1, 1] and the noise (B, C, h, w) on the latents, or a generator of it -> loss, {name: part}, means over the batch.
 
     kl is summed over the latents and divided by the number of pixel values, which balances it with `l1` at any size as Rombach et al.'s sums do.
     perceptual: a callable (reconstructions, images) -> (B,), such as LPIPS; discriminator: see `hinge_loss`, trained beside."""
     mean, logvar = vae.encode(images)
-    recon = vae.decoder(sample_gaussian(mean, logvar, generator))                       # (B, 3, H, W)
+    recon = vae.decoder(sample_gaussian(mean, logvar, generator, noise))                # (B, 3, H, W)
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / images.numel()       # to N(0, I)
     parts = {"l1": F.l1_loss(recon, images), "mse": F.mse_loss(recon, images)}
     if perceptual:

@@ -3,7 +3,9 @@
 import inspect
 import itertools
 import json
+import os
 import re
+import signal
 from dataclasses import fields, replace
 
 import numpy as np
@@ -13,6 +15,8 @@ from conftest import ROOT
 from PIL import Image
 
 import checkpoint
+import distributed
+import optim
 import pipeline
 import train
 from config import parse_config
@@ -119,12 +123,14 @@ def test_a_folder_of_unreadable_pictures(cli, pictures, tmp_path):
 # ---- resuming
 
 def interrupt(monkeypatch, name, call, error):
-    """train.<name> raises `error` the `call`-th time."""
+    """train.<name> raises `error`, or the process gets that signal, the `call`-th time."""
     calls, function = itertools.count(1), getattr(train, name)
 
     def wrapped(*arguments, **options):
         if next(calls) == call:
-            raise error
+            if not isinstance(error, signal.Signals):
+                raise error
+            os.kill(os.getpid(), error)
         return function(*arguments, **options)
     monkeypatch.setattr(train, name, wrapped)
 
@@ -135,7 +141,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(run, tiny, tmp_path, monkeypat
     settings = dict(stage=stage, weights=str(tiny), steps=6)
     run(out=str(a), **settings)
     with monkeypatch.context() as patch:                                          # Ctrl-C
-        interrupt(patch, name, 4, KeyboardInterrupt)
+        interrupt(patch, name, 3, signal.SIGINT)
         with pytest.raises(SystemExit, match="stopped at step 3; the same command with --resume goes on"):
             run(out=str(b), **settings)
     with pytest.raises(ValueError, match="b holds a run of stage"):
@@ -181,20 +187,20 @@ def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, m
 
 def test_checkpoints_that_cannot_be_resumed_from(run, tiny, tmp_path):
     settings = dict(stage="pretrain", out=str(tmp_path), weights=str(tiny), resume=True)
-    path = tmp_path / "pretrain.ckpt"
-    for raw, reason in ((b"foreign", "pretrain.ckpt is no checkpoint of ours, or damaged"), (None, "pretrain.ckpt is no training checkpoint")):
+    path = tmp_path / "pretrain-0000001.ckpt"
+    for raw, reason in ((b"foreign", "pretrain-0000001.ckpt is no checkpoint of ours, or damaged"), (None, "pretrain-0000001.ckpt is no training checkpoint")):
         path.write_bytes(raw) if raw else checkpoint.save_checkpoint(path, {"step": 1})
         with pytest.raises(ValueError, match=reason):
             run(**settings)
     model = train.MMDiT(2, 4, context_dim=32, pooled_dim=20)
     checkpoint.save_checkpoint(path, {"step": 1, "model": model.state_dict(), "ema": model.state_dict(), "optimizers": []})
-    with pytest.raises(ValueError, match="pretrain.ckpt is of another architecture"):
+    with pytest.raises(ValueError, match="pretrain-0000001.ckpt is of another architecture"):
         run(**settings)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run, tiny, tmp_path):
     with pytest.raises(ValueError, match="the pretrain loss is .* at step [12]"):
-        run(stage="pretrain", out=str(tmp_path / "mine"), weights=str(tiny), lr=1e30, warmup=1, clip_grad=1e30)
+        run(stage="pretrain", out=str(tmp_path / "mine"), weights=str(tiny), lr=1e30, warmup=1, clip_grad=1e30, max_bad_steps=0)
     assert not (tmp_path / "mine" / "mmdit.pt").exists()
 
 
@@ -202,7 +208,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, tiny, tmp_path):
 
 @pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
 def test_every_setting_is_used(name):
-    source = inspect.getsource(train).split("STAGES")[2] + inspect.getsource(pipeline)
+    source = inspect.getsource(train).split("STAGES")[2] + "".join(map(inspect.getsource, (pipeline, optim, distributed)))
     assert re.search(rf"\bcfg\.{name}\b", source), f"--{name} is accepted and dropped"
 
 
@@ -265,15 +271,15 @@ def fitted(folder, steps, record=None, **settings):
     cfg = replace(TINY, stage="vae", out=str(folder), steps=steps, warmup=1, decay=0.0, lr=0.1, muon_lr=-1.0, **settings)
     torch.manual_seed(0)
 
-    def loss_of(module, batch, generator):
+    def loss_of(module, batch, noise):
         if record is not None:
             record.append(module.weight.detach().clone())
-        return (module(batch) + torch.randn(4, 1, generator=generator)).square().mean(), {}
+        return (module(batch) + noise).square().mean(), {}
 
     def batches(start):
         return (torch.randn(4, 3, generator=torch.Generator().manual_seed(s)) for s in itertools.count(start, 4))
 
-    return train.fit(cfg, torch.nn.Linear(3, 1), batches, loss_of, lambda module, step: {})
+    return train.fit(cfg, torch.nn.Linear(3, 1), batches, lambda batch, generator: (batch, torch.randn(4, 1, generator=generator)), loss_of, lambda module, step: {})
 
 
 def test_the_returned_weights_are_the_average(tmp_path):
@@ -296,7 +302,7 @@ def test_muon_takes_hidden_weights_and_adamw_the_rest():
     vae = train.AutoencoderKL(4, channels=8, multipliers=(1, 2), blocks=1, unshuffle=4, attention=False, groups=4)
     muon, adamw = train.make_optimizers(vae, replace(TINY, lr=1e-3, muon_lr=0.02))
     names = {id(p): name for name, p in vae.named_parameters()}
-    hidden = {names[id(p)] for p in muon.kernels}
+    hidden = {names[id(p)] for p in muon.param_groups[0]["params"]}
     rest = {names[id(p)] for p in adamw.param_groups[0]["params"]}
     assert hidden | rest == {*names.values()} and not hidden & rest
     assert all(name.endswith("weight") and "conv_in" not in name and "conv_out" not in name for name in hidden) and "encoder.down.0.block.0.conv1.weight" in hidden
@@ -306,6 +312,25 @@ def test_muon_takes_hidden_weights_and_adamw_the_rest():
         optimizer.step()
     assert all(not before[name].equal(p) for name, p in vae.named_parameters() if p.grad.any())       # Muon's steps reach the kernels themselves
     assert len(train.make_optimizers(vae, replace(TINY, lr=1e-3, muon_lr=-1.0))) == 1
+
+
+def test_muon_is_torchs_in_float32():
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in ((64, 32), (32, 64), (64, 32))] for _ in range(2))
+    muon, torchs = optim.Muon(ours, lr=0.02), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.0)
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = b.grad = torch.randn_like(a)
+        muon.step()
+        torchs.step()
+    for a, b in zip(ours, theirs):
+        assert (a - b).norm() < 0.02 * (b - 1).norm()                 # torch's is in bf16
+
+
+def test_muons_updates_are_semi_orthogonal():
+    for shape in ((2, 48, 96), (2, 96, 48)):
+        values = torch.linalg.svdvals(optim.orthogonalized(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        assert 0.6 < values.min() and values.max() < 1.3
 
 
 def test_readme_commands_parse():
