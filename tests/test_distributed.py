@@ -1,0 +1,112 @@
+"""Several processes train as one does; a run that is killed ends as an undisturbed one; what the disk refuses."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import checkpoint
+
+SCRIPT = str(ROOT / "tests" / "tiny_train.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(processes, settings):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else [sys.executable]
+    return [*start, SCRIPT, json.dumps(settings)]
+
+
+def trained(folder, weights, processes=1, **settings):
+    settings = {"stage": "pretrain", "out": str(folder), "weights": str(weights), **settings}
+    done = subprocess.run(command(processes, settings), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return losses(folder)
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([row["loss"] for row in rows if "loss" in row], dtype=torch.float64)
+
+
+def final(folder, part="mmdit"):
+    return checkpoint.load_checkpoint(folder / f"{part}.pt")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    """20 steps in one process: (folder, losses)."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, trained(folder, tiny)
+
+
+@pytest.mark.parametrize("processes, settings", [(2, {}), (2, {"grad_accum": 2}), (1, {"grad_accum": 4}), (2, {"sharding": "fsdp"}), (2, {"sharding": "fsdp", "grad_accum": 2}),
+                                                 (1, {"checkpointing": True})])
+def test_any_split_of_the_batch_gives_the_same_training(alone, tiny, tmp_path, processes, settings):
+    folder, expected = alone
+    found = trained(tmp_path, tiny, processes, **settings)
+    assert len(found) == 20 and (found - expected).abs().max() < 1e-5
+    for name, tensor in final(folder).items():
+        torch.testing.assert_close(final(tmp_path)[name].float(), tensor.float(), atol=2e-3, rtol=0)       # stored in half precision
+    assert len({json.dumps(row, sort_keys=True) for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())}) == 22       # rank 0 alone logs
+
+
+@pytest.mark.parametrize("stage", ["vae", "clip", "t5"])
+def test_the_frozen_parts_too(tiny, tmp_path, stage):
+    one, two = (trained(tmp_path / str(n), tiny, n, stage=stage, steps=8) for n in (1, 2))
+    assert len(one) == 8 and (one - two).abs().max() < 1e-5
+    if stage == "t5":
+        assert (one - trained(tmp_path / "accumulated", tiny, 1, stage=stage, steps=8, grad_accum=4)).abs().max() < 1e-5
+
+
+# ---- killed at any moment
+
+def killed_until_done(folder, weights, kills, processes=1, number=signal.SIGKILL, seed=0, **settings):
+    """Runs a training and kills it `kills` times, each at a random moment in which it makes progress, then lets it end; -> how often it was killed in time."""
+    settings = {"stage": "pretrain", "out": str(folder), "weights": str(weights), "resume": True, **settings}
+    rng, hits = random.Random(seed), 0
+    for _ in range(kills):
+        before = (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""
+        process = subprocess.Popen(command(processes, settings), env=ENVIRONMENT, stderr=subprocess.PIPE, start_new_session=True, text=True)
+        deadline = time.time() + 60
+        while process.poll() is None and time.time() < deadline:                  # the seconds that importing torch takes are not what is tested
+            if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text() != before:
+                break
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.6)
+        if process.poll() is None:
+            hits += 1
+            os.killpg(process.pid, number)                                        # of its own session
+        process.communicate()
+    done = subprocess.run(command(processes, settings), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return hits
+
+
+@pytest.mark.parametrize("kills, steps", [(3, 60), pytest.param(20, 500, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_to_the_bit_as_an_undisturbed_run(tiny, tmp_path, kills, steps):
+    settings = dict(steps=steps, depth=1, checkpoint_every=5, eval_every=1000, batch_size=4, chunk=8)
+    expected = trained(tmp_path / "a", tiny, **settings)
+    hits = killed_until_done(tmp_path / "b", tiny, kills, **settings)
+    assert hits >= kills // 2
+    assert same(final(tmp_path / "a"), final(tmp_path / "b")) and losses(tmp_path / "b").equal(expected)
+    assert not [path for path in (tmp_path / "b").iterdir() if path.name.startswith(".pretrain")]
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_processes_killed(tiny, tmp_path, sharding):
+    settings = dict(steps=30, checkpoint_every=4, eval_every=1000, sharding=sharding)
+    expected = trained(tmp_path / "a", tiny, 2, **settings)
+    assert killed_until_done(tmp_path / "b", tiny, 1, 2, **settings) == 1
+    assert same(final(tmp_path / "a"), final(tmp_path / "b")) and losses(tmp_path / "b").equal(expected)
