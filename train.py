@@ -160,12 +160,18 @@ class Run:
             distributed.save_sharded(path, distributed.sharded_state(module, averages, optimizers, {"step": step, **numbers}))
         elif distributed.rank() == 0:
             ema = {**module.state_dict(), **dict(zip((name for name, _ in module.named_parameters()), averages))}
-            checkpoint.save_checkpoint(path, {"step": step, "model": module.state_dict(), "ema": {k: x.detach() for k, x in ema.items()},
-                                              "optimizers": [o.state_dict() for o in optimizers], "config": asdict(self.cfg), **numbers})
+            self.write(path, {"step": step, "model": module.state_dict(), "ema": {k: x.detach() for k, x in ema.items()},
+                              "optimizers": [o.state_dict() for o in optimizers], "config": asdict(self.cfg), **numbers})
         if distributed.rank() == 0:
             for old, path in list(self.checkpoints().items())[:-self.cfg.keep]:
                 if not every or old % every:
                     remove(path)
+
+    def write(self, path, state):
+        try:
+            checkpoint.save_checkpoint(path, state)
+        except OSError as error:
+            raise OSError(f"{error}; {self.last_good()}, --resume goes on from it") from None
 
     def load(self, module, averaged, averages, optimizers):
         """Fills them from the newest checkpoint, if any; -> (step, bad steps)."""

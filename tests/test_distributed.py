@@ -110,3 +110,37 @@ def test_two_processes_killed(tiny, tmp_path, sharding):
     expected = trained(tmp_path / "a", tiny, 2, **settings)
     assert killed_until_done(tmp_path / "b", tiny, 1, 2, **settings) == 1
     assert same(final(tmp_path / "a"), final(tmp_path / "b")) and losses(tmp_path / "b").equal(expected)
+
+
+# ---- stopped by a signal, refused by the disk
+
+def test_sigterm_saves_and_resume_goes_on(tiny, tmp_path):
+    settings = dict(steps=30, depth=1, batch_size=4, chunk=8, eval_every=1000)
+    trained(tmp_path / "a", tiny, **settings)
+    settings |= {"stage": "pretrain", "out": str(tmp_path / "b"), "weights": str(tiny), "resume": True}
+    process = subprocess.Popen(command(1, settings), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "b" / "metrics.jsonl").exists() or not (tmp_path / "b" / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "the same command with --resume goes on" in errors and "Traceback" not in errors
+    (saved,) = (tmp_path / "b").glob("*.ckpt")
+    assert 1 <= checkpoint.load_checkpoint(saved)["step"] < 30
+    assert subprocess.run(command(1, settings), env=ENVIRONMENT, capture_output=True).returncode == 0
+    assert same(final(tmp_path / "a"), final(tmp_path / "b"))
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
+    """A limit on the size of files stands in for the disk's end."""
+    path, limits = tmp_path / "a.ckpt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoint.save_checkpoint(path, {"step": 1, "x": torch.zeros(1000)})
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(OSError, match="a.ckpt cannot be written: .*is the disk full"):
+            checkpoint.save_checkpoint(path, {"step": 2, "x": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert checkpoint.load_checkpoint(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]

@@ -175,6 +175,9 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(run, tiny, tmp_path, monkeypat
     (["--formulation", "rf/lognrm"], "unknown formulation 'rf/lognrm'"),
     (["--depth", "0"], "--depth is 0; the least is 1"), (["--steps", "-5"], "--steps is -5; the least is 1"),
     (["--chunk", "1"], "--chunk is 1; the least is 4"), (["--weight-sets", "4"], "known are 1, 2, 3"),
+    (["--grad-accum", "3"], "--batch-size is 4: it cannot be split over 1 processes and 3 micro-batches"), (["--keep", "0"], "--keep is 0; the least is 1"),
+    (["--stage", "clip", "--grad-accum", "2"], "--grad-accum is 2; stage clip"), (["--lr-schedule", "cosin"], "did you mean cosine?"),
+    (["--sharding", "fdsp"], "did you mean fsdp?"), (["--sharding", "fsdp", "--compile"], "--compile goes with --sharding ddp"), (["--ema-every", "0"], "--ema-every is 0; the least is 1"),
     (["--clip-length", "17"], "--clip-length is 17; the CLIPs of"),
     (["--device", "toaster"], "device 'toaster' cannot be used")])
 def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, monkeypatch, arguments, reason):
@@ -229,7 +232,8 @@ def test_settings_change_the_weights(run, tiny, tmp_path, monkeypatch):
 
     plain = trained("plain")
     assert same(plain, trained("again"))
-    changes = dict(seed=1, lr=2e-3, muon_lr=0.01, warmup=1, decay=1.0, weight_decay=0.5, clip_grad=0.01, ema_decay=0.1, formulation="rf", shift=3.0, text_dropout=1.0,
+    changes = dict(seed=1, lr=2e-3, muon_lr=0.01, warmup=1, decay=1.0, weight_decay=0.5, clip_grad=0.01, ema_decay=0.1, ema_every=2, lr_schedule="constant",
+                   formulation="rf", shift=3.0, text_dropout=1.0,
                    synthetic_share=1.0, reuse=1, qk_norm=False, weight_sets=3, batch_size=2, chunk=4, init_from=str(tmp_path / "plain"))
     for name, value in changes.items():
         assert not same(plain, trained(name, **{name: value})), name
@@ -242,6 +246,13 @@ def test_lr_factor():
     assert factors[0] == 0.1 and factors[9] == factors[60] == 1 and min(factors) > 0
     assert np.allclose(np.diff(factors)[:9], 0.1) and np.allclose(np.diff(factors)[60:], -1 / 40) and factors[-1] == pytest.approx(1 / 40)
     assert {train.lr_factor(step, replace(cfg, warmup=0, decay=0.0)) for step in range(100)} == {1.0}
+
+
+def test_learning_rate_schedules():
+    cfg = replace(TINY, steps=100, warmup=10, decay=0.4)
+    constant, linear, cosine = ([train.lr_factor(step, replace(cfg, lr_schedule=name)) for step in range(100)] for name in ("constant", "linear", "cosine"))
+    assert constant[:61] == linear[:61] and np.allclose(cosine[:61], linear[:61]) and set(constant[10:]) == {1.0}
+    assert cosine[80] == pytest.approx(0.5) == linear[80] and cosine[70] > linear[70] and 0 < cosine[99] < linear[99]
 
 
 def test_defaults_and_flags_agree(run, tmp_path, monkeypatch):
@@ -266,7 +277,7 @@ def test_mean_of_rows():
     assert train.mean_of([{"a": 1.0, "b": [1.0, None, None]}, {"a": 2.0, "b": [3.0, 5.0, None]}]) == {"a": 1.5, "b": [2.0, 5.0, None]}
 
 
-def fitted(folder, steps, record=None, **settings):
+def fitted(folder, steps, record=None, validate=lambda module, step: {}, **settings):
     """train.fit on a linear module; `record` collects its weights at the beginning of each step."""
     cfg = replace(TINY, stage="vae", out=str(folder), steps=steps, warmup=1, decay=0.0, lr=0.1, muon_lr=-1.0, **settings)
     torch.manual_seed(0)
@@ -279,7 +290,7 @@ def fitted(folder, steps, record=None, **settings):
     def batches(start):
         return (torch.randn(4, 3, generator=torch.Generator().manual_seed(s)) for s in itertools.count(start, 4))
 
-    return train.fit(cfg, torch.nn.Linear(3, 1), batches, lambda batch, generator: (batch, torch.randn(4, 1, generator=generator)), loss_of, lambda module, step: {})
+    return train.fit(cfg, torch.nn.Linear(3, 1), batches, lambda batch, generator: (batch, torch.randn(4, 1, generator=generator)), loss_of, validate)
 
 
 def test_the_returned_weights_are_the_average(tmp_path):
@@ -290,6 +301,61 @@ def test_the_returned_weights_are_the_average(tmp_path):
         decay = min(0.6, (step + 1) / (step + 10))
         average = decay * average + (1 - decay) * w
     torch.testing.assert_close(fitted(tmp_path / "b", 8, ema_decay=0.6).weight, average)
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_named(tmp_path, capsys, monkeypatch):
+    record = []
+    with monkeypatch.context() as patch:
+        real, calls = train.gradients, itertools.count(1)
+
+        def spoilt(network, columns, cfg):
+            if next(calls) in (3, 4):
+                columns = columns[0] * float("nan"), columns[1]
+            return real(network, columns, cfg)
+
+        patch.setattr(train, "gradients", spoilt)
+        fitted(tmp_path / "a", 6, record)
+        assert record[2].equal(record[3]) and record[3].equal(record[4]) and not record[4].equal(record[5])
+        assert [row["bad_steps"] for row in rows(tmp_path / "a", "vae") if "bad_steps" in row] == [1, 2]
+        assert "the vae loss is nan and its gradient nan at step 3: skipped (1 so far)" in capsys.readouterr().err
+        calls = itertools.count(1)
+        with pytest.raises(ValueError, match="the vae loss is nan .* at step 4, the 2. step that is not finite; the last good checkpoint is .*vae-0000002.ckpt"):
+            fitted(tmp_path / "b", 6, max_bad_steps=1, checkpoint_every=2)
+
+
+def test_newest_checkpoints_and_milestones_are_kept(tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def validate(module, step):
+        if step == 9:
+            raise Stopped
+        return {}
+
+    def kept(folder, **settings):
+        with pytest.raises(Stopped):
+            fitted(tmp_path / folder, 20, checkpoint_every=1, eval_every=9, validate=validate, **settings)
+        return sorted(int(path.stem[-7:]) for path in (tmp_path / folder).glob("*.ckpt"))
+
+    assert kept("a") == [7, 8] and kept("b", keep=3) == [6, 7, 8] and kept("c", keep=1, milestone_every=3) == [3, 6, 8]
+
+
+def test_watching_records_each_block_and_changes_nothing(run, tiny, tmp_path):
+    for name, every in (("off", 0), ("on", 2)):
+        run(stage="pretrain", out=str(tmp_path / name), weights=str(tiny), depth=2, steps=4, watch_every=every)
+    seen = [row for row in rows(tmp_path / "on", "pretrain") if "entropies" in row]
+    assert [row["step"] for row in seen] == [2, 4] and all(len(row["max_logits"]) == len(row["entropies"]) == 2 for row in seen)
+    assert all(0 < e <= np.log(4 + 16 + 24) + 1e-4 for row in seen for e in row["entropies"])         # 4 image tokens, 16 + 24 of text
+    assert same(weights(tmp_path / "off"), weights(tmp_path / "on")) and not any("entropies" in row for row in rows(tmp_path / "off", "pretrain"))
+
+
+def test_tf32_and_checkpointing_reach_torch(run, tiny, tmp_path, monkeypatch):
+    seen, forward = [], train.MMDiT.forward
+    monkeypatch.setattr(train.MMDiT, "forward", lambda model, *inputs: seen.append(model.checkpointing) or forward(model, *inputs))
+    for value in (True, False):
+        run(stage="pretrain", out=str(tmp_path / str(value)), weights=str(tiny), tf32=value, checkpointing=value, steps=1)
+        assert torch.backends.cuda.matmul.allow_tf32 is value and seen[0] is value
+        seen.clear()
 
 
 def test_gradients_are_clipped(tmp_path):
