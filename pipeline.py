@@ -191,11 +191,15 @@ def pieces(items, size):
 # ---------------------------------------------------------------------------------------------------------------
 # What the frozen parts make of pictures and captions, text in half precision (App. E.1)
 
-def autocast(cfg):
-    """bf16 where asked for; auto: where it pays. CPUs with AVX512-BF16 or AMX multiply matrices 4 times as fast in bf16, others more slowly."""
+def precision(cfg):
+    """The type to multiply in, bf16 where asked for; auto: where it pays. CPUs with AVX512-BF16 or AMX multiply matrices 4 times as fast in bf16, others far more slowly."""
     kind = cfg.device.split(":")[0]
     pays = kind == "cuda" or kind == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return torch.autocast(kind, torch.bfloat16, enabled=cfg.precision == "bf16" or cfg.precision == "auto" and pays)
+    return torch.bfloat16 if cfg.precision == "bf16" or cfg.precision == "auto" and pays else torch.float32
+
+
+def autocast(cfg):
+    return torch.autocast(cfg.device.split(":")[0], torch.bfloat16, enabled=precision(cfg) is torch.bfloat16)
 
 
 @torch.no_grad()

@@ -296,7 +296,7 @@ def test_muon_takes_hidden_weights_and_adamw_the_rest():
     vae = train.AutoencoderKL(4, channels=8, multipliers=(1, 2), blocks=1, unshuffle=4, attention=False, groups=4)
     muon, adamw = train.make_optimizers(vae, replace(TINY, lr=1e-3, muon_lr=0.02))
     names = {id(p): name for name, p in vae.named_parameters()}
-    hidden = {names[id(p)] for p in muon.kernels}
+    hidden = {names[id(p)] for p in muon.param_groups[0]["params"]}
     rest = {names[id(p)] for p in adamw.param_groups[0]["params"]}
     assert hidden | rest == {*names.values()} and not hidden & rest
     assert all(name.endswith("weight") and "conv_in" not in name and "conv_out" not in name for name in hidden) and "encoder.down.0.block.0.conv1.weight" in hidden
@@ -306,6 +306,25 @@ def test_muon_takes_hidden_weights_and_adamw_the_rest():
         optimizer.step()
     assert all(not before[name].equal(p) for name, p in vae.named_parameters() if p.grad.any())       # Muon's steps reach the kernels themselves
     assert len(train.make_optimizers(vae, replace(TINY, lr=1e-3, muon_lr=-1.0))) == 1
+
+
+def test_muon_is_torchs_in_float32():
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in ((64, 32), (32, 64), (64, 32))] for _ in range(2))
+    muon, torchs = train.Muon(ours, lr=0.02), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.0)
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = b.grad = torch.randn_like(a)
+        muon.step()
+        torchs.step()
+    for a, b in zip(ours, theirs):
+        assert (a - b).norm() < 0.02 * (b - 1).norm()                 # torch's is in bf16
+
+
+def test_muons_updates_are_semi_orthogonal():
+    for shape in ((2, 48, 96), (2, 96, 48)):
+        values = torch.linalg.svdvals(train.orthogonalized(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        assert 0.6 < values.min() and values.max() < 1.3
 
 
 def test_readme_commands_parse():
