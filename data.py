@@ -86,7 +86,7 @@ def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False):
             if (pair in HELD_OUT_PAIRS) == held_out:
                 return pair
 
-    kind = rng.choice(["single", "group", "pair", "several", "sign"], p=[0.18, 0.22, 0.38, 0.10, 0.12])
+    kind = rng.choice(["single", "group", "pair", "several", "sign"], p=[0.12, 0.22, 0.46, 0.10, 0.10])
     pairs = {"single": lambda: [attributes()],
              "group": lambda: [attributes()] * rng.integers(2, 5),
              "pair": lambda: distinct(attributes, 2),
@@ -285,12 +285,13 @@ def where(thing, scene):
 
 
 def synthetic_caption(scene):
-    """Everything, in reading order: 'on white: red circle top left, blue square bottom'."""
+    """Everything, in reading order, two things with their relation: 'on white: red circle top left, above blue square bottom'."""
     def described(t):
         size = "" if t.word or t.size == "medium" else t.size + " "
         return f"{size}{t.color} {t.shape or 'sign that says ' + t.word} {where(t, scene)}"
     things = sorted(scene.things, key=lambda t: (round(t.y), t.x))
-    return f"on {scene.background}: " + ", ".join(map(described, things))
+    word = relation(*things) if len(things) == 2 and all(t.shape for t in things) else None
+    return f"on {scene.background}: " + (f", {word} " if word else ", ").join(map(described, things))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -154,11 +154,14 @@ class AutoencoderKL(nn.Module):
     def denormalise(self, z):
         return z / per_channel(self.scale, z) + per_channel(self.shift, z)
 
-    def encode(self, images):
-        """images (B, 3, H, W) in [-1, 1] -> mean and log-variance of the latents before normalisation, each (B, C, h, w)."""
+    def check_sides(self, images):
         height, width = images.shape[-2:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"images are {width} x {height} (width x height), both sides must be multiples of {self.factor}")
+
+    def encode(self, images):
+        """images (B, 3, H, W) in [-1, 1] -> mean and log-variance of the latents before normalisation, each (B, C, h, w)."""
+        self.check_sides(images)
         mean, logvar = self.encoder(images).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
@@ -171,13 +174,16 @@ class AutoencoderKL(nn.Module):
         """normalised latents (B, C, h, w) -> images (B, 3, H, W) in about [-1, 1], not clamped."""
         return self.decoder(self.denormalise(latents))
 
-    def encode_tiled(self, images, tile=64):
-        """`to_latents(images, sample=False)` in tiles of `tile` x `tile` latents; near, not equal: norms and attention then see a tile, not the picture."""
-        return tiled(lambda x: self.to_latents(x, sample=False), images, tile, unit=self.factor)
+    def encode_tiled(self, images, rows=32):
+        """`to_latents(images, sample=False)` in less memory: `in_bands`."""
+        self.check_sides(images)
+        coder, x = self.encoder, F.pixel_unshuffle(images, self.encoder.unshuffle)
+        return self.normalise(in_bands(coder, (coder.conv_in, coder.down, coder.mid), x, rows).chunk(2, dim=1)[0])
 
-    def decode_tiled(self, latents, tile=64):
-        """`decode(latents)` in tiles of `tile` x `tile` latents; near, not equal, as above."""
-        return tiled(self.decode, latents, tile)
+    def decode_tiled(self, latents, rows=32):
+        """`decode(latents)` in less memory: `in_bands`."""
+        coder, x = self.decoder, self.denormalise(latents)
+        return F.pixel_shuffle(in_bands(coder, (coder.conv_in, coder.mid, *reversed(coder.up)), x, rows), coder.unshuffle)
 
 
 def per_channel(value, like):
@@ -190,30 +196,48 @@ def sample_gaussian(mean, logvar, generator=None, noise=None):
     return mean + (logvar / 2).exp() * noise
 
 
-def tiled(function, x, tile, unit=1):
-    """function(x) tile by tile, `tile` * `unit` a side; neighbours overlap by a quarter or more and fade into each other linearly."""
-    def starts(size):
-        last = max(size // unit - tile, 0)
-        return [unit * start for start in (*range(0, last, tile - tile // 4), last)]
+# Tiling. Tiles of the picture would each have norms of their own, and seams; bands of rows, layer by layer, with the norms of the whole are exact.
 
-    def ramp(n):   # 1, 2, ..., n/4, ..., n/4, ..., 2, 1
-        rise = torch.arange(1, n + 1, device=x.device, dtype=x.dtype)
-        return torch.minimum(rise, rise.flip(0)).clamp(max=max(n // 4, 1))
+def in_bands(coder, layers, x, rows):
+    """The layers, then the coder's last norm and convolution, one after another on all of x: of each only the input and the output are whole in memory."""
+    for layer in flat(layers):
+        if isinstance(layer, ResnetBlock):
+            norm1 = whole_norm(layer.norm1, x)
+            y = banded(lambda x: layer.conv1(F.silu(norm1(x))), rows, x)
+            norm2 = whole_norm(layer.norm2, y)
+            x = banded(lambda x, y: layer.nin_shortcut(x) + layer.conv2(F.silu(norm2(y))), rows, x, y)
+        else:
+            x = layer(x) if isinstance(layer, AttnBlock) else banded(layer, rows, x)      # attention sees all positions, of which there are few
+    norm = whole_norm(coder.norm_out, x)
+    return banded(lambda x: coder.conv_out(F.silu(norm(x))), rows, x)
 
-    total = weights = None
-    for top in starts(x.shape[2]):
-        for left in starts(x.shape[3]):
-            part = x[:, :, top:top + tile * unit, left:left + tile * unit]
-            y = function(part)
-            zoom = y.shape[2] / part.shape[2]                                           # f or 1/f
-            if total is None:
-                total = y.new_zeros(*y.shape[:2], *(round(side * zoom) for side in x.shape[2:]))
-                weights = torch.zeros_like(total[0, 0])
-            rows, columns = (slice(round(start * zoom), round(start * zoom) + n) for start, n in zip((top, left), y.shape[2:]))
-            weight = ramp(y.shape[2])[:, None] * ramp(y.shape[3])
-            total[..., rows, columns] += weight * y
-            weights[rows, columns] += weight
-    return total.div_(weights)
+
+def flat(layers):
+    for layer in layers:
+        yield from flat(layer) if isinstance(layer, nn.Sequential) else [layer]
+
+
+def whole_norm(norm, x):
+    """The GroupNorm with the statistics of x, for bands of x."""
+    var, mean = torch.var_mean(x.unflatten(1, (norm.num_groups, -1)).flatten(2), dim=2, correction=0)      # (B, groups)
+    scale, mean = ((s.repeat_interleave(x.shape[1] // norm.num_groups, dim=1)) for s in ((var + norm.eps).rsqrt(), mean))
+    scale = scale * norm.weight                                                                            # (B, D)
+    shift = norm.bias - mean * scale
+    return lambda band: torch.addcmul(shift[:, :, None, None], band, scale[:, :, None, None])
+
+
+def banded(layer, rows, *xs):
+    """layer(*xs), `rows` rows of the inputs at a time. Two rows more on either side are read, and what they become is cut off: a convolution reaches one far."""
+    height, out = xs[0].shape[2], None
+    for start in range(0, height, rows):
+        first, end = max(start - 2, 0), min(start + rows, height)
+        y = layer(*(x[:, :, first:end + 2] for x in xs))
+        zoom = y.shape[2] / (min(end + 2, height) - first)                                                 # 1; 2 or 1/2 where the layer resamples
+        at = lambda row: round(row * zoom)
+        if out is None:
+            out = y.new_empty(*y.shape[:2], at(height), y.shape[3])
+        out[:, :, at(start):at(end)] = y[:, :, at(start - first):at(end - first)]
+    return out
 
 
 # Training: L1 + MSE + KL, and for photographs a perceptual and an adversarial term (Esser et al. 2021, Sec. 3.1; Rombach et al. 2022, App. G).

@@ -184,7 +184,12 @@ def test_synthetic_captions_are_complete():
     for scene in scenes(1500) + scenes(300, width=128) + scenes(300, split="unseen"):
         text = data.synthetic_caption(scene)
         ground, described = re.fullmatch(r"on (\w+): (.+)", text).groups()
-        said = Counter(item.fullmatch(part).groups("") for part in described.split(", "))
+        first, *second = parts = re.split(", left of |, right of |, above |, below |, ", described)
+        said = Counter(item.fullmatch(part).groups("") for part in parts)
+        shapes = {t.shape: t for t in scene.things if t.shape}
+        if len(shapes) == len(parts) == 2:
+            word = described[len(first) + 2:-len(second[0])].strip() or None
+            assert word == data.relation(*(shapes[item.fullmatch(part)[3]] for part in parts)), text
         assert ground == scene.background
         assert said == Counter(("" if t.word or t.size == "medium" else t.size, t.color, t.shape, t.word, place(t, scene)) for t in scene.things), text
 

@@ -101,13 +101,12 @@ def test_without_t5_as_diffusers_without_it(pipes, folder, tmp_path, monkeypatch
         generate(bundle, PROMPTS, **SETTINGS)
 
 
-def test_tiled_autoencoder_is_diffusers_in_tiles(pipes, folder):
-    from vae import tiled
+def test_tiled_autoencoder_is_diffusers_whole(pipes, folder):
     bundle, theirs = load_bundle(folder), pipes["sd3.5-medium"].vae
     latents, images = torch.randn(2, 16, 20, 12), torch.rand(2, 3, 160, 96) * 2 - 1
     with torch.no_grad():
-        pairs = [(bundle.vae.decode_tiled(latents, 8), tiled(lambda z: theirs.decode(z / 1.5305 + 0.0609).sample, latents, 8)),
-                 (bundle.vae.encode_tiled(images, 8), tiled(lambda x: (theirs.encode(x).latent_dist.mean - 0.0609) * 1.5305, images, 8, unit=8))]
+        pairs = [(bundle.vae.decode_tiled(latents, 8), theirs.decode(latents / 1.5305 + 0.0609).sample),
+                 (bundle.vae.encode_tiled(images, 8), (theirs.encode(images).latent_dist.mean - 0.0609) * 1.5305)]
     for a, b in pairs:
         assert a.shape == b.shape and (a - b).norm() / b.norm() <= 1e-5
 
@@ -459,10 +458,12 @@ def test_export_from_the_command_line(cli, refused, single, folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("depth, dual", [(24, False), (24, True), (38, False)])
 def test_one_block_at_the_real_size(depth, dual):
+    from diffusers.models.attention import JointTransformerBlock
+
     from mmdit import JointBlock, Stream, attention
     width, qk_norm = 64 * depth, dual or depth == 38
     block = JointBlock({"context_block": Stream(width, qk_norm), "x_block": Stream(width, qk_norm, dual=dual)}, attention).eval()
-    theirs = diffusers.models.attention.JointTransformerBlock(width, depth, 64, qk_norm="rms_norm" if qk_norm else None, use_dual_attention=dual).eval()
+    theirs = JointTransformerBlock(width, depth, 64, qk_norm="rms_norm" if qk_norm else None, use_dual_attention=dual).eval()
     layout, state = DiffusersLayout("mmdit", 99), {}
     for key, value in block.state_dict().items():
         prefix = "joint_blocks.0."
@@ -470,7 +471,8 @@ def test_one_block_at_the_real_size(depth, dual):
     theirs.load_state_dict(state, strict=True)
     x, text, c = torch.randn(2, 6 * 5, width), torch.randn(2, 77 + 77, width), torch.randn(2, width)
     with torch.no_grad():
-        ours, (text_out, x_out) = block([text, x], torch.nn.functional.silu(c)), theirs(x, text, c)
+        ms = [stream.adaLN_modulation(torch.nn.functional.silu(c)) for stream in block.values()]
+        ours, (text_out, x_out) = block([text, x], ms), theirs(x, text, c)
     for a, b in zip(ours, (text_out, x_out)):
         assert (a - b).norm() / b.norm() <= 1e-5
 
@@ -495,7 +497,11 @@ def test_encoders_and_autoencoder_at_the_real_width(tmp_path):
     with torch.no_grad():
         a, b = ours(tokens % 1000), theirs(tokens % 1000).last_hidden_state
     assert (a - b).norm() / b.norm() <= 1e-5
+    torch.manual_seed(0)
     ours = AutoencoderKL().eval()
+    for p in ours.parameters():  # torch's own initialisation lets signals fade, and both decoders are then 1e-5 from float64's picture
+        if p.ndim > 1:
+            torch.nn.init.kaiming_normal_(p)
     part = checkpoint.Part("vae", "here", ours.state_dict())
     theirs = diffusers.AutoencoderKL.from_config(checkpoint.diffusers_config(part, {"resolution": 1024})).eval()
     theirs.load_state_dict(checkpoint.laid_out(part, DiffusersLayout("vae", 4)), strict=True)
