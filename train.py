@@ -12,7 +12,7 @@ checkpoints to resume from. Sample i of step k, its noise, time and dropout depe
 and micro-batches: all draw for the whole batch and take their rows. Read on: optim.py, distributed.py, pipeline.py.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from config import flag, one_line_errors, parse_config
 
@@ -27,6 +27,7 @@ class TrainConfig:
     weights: str = flag("weights/mini", "bundle whose frozen parts are used where the run folder has none", "run")
     init_from: str = flag("", "bundle whose MM-DiT pretraining starts from", "run")
     resume: bool = flag(False, "go on from the run folder's checkpoint", "run")
+    plot: tuple = flag((), "train nothing: draw this run folder's metrics, and others' beside them, into --out", "run")
     seed: int = flag(0, "of weights, data, noise", "run")
     steps: int = flag(0, "optimizer steps of the stage; 0: its default (with stage all: of pretrain)", "optimization")
     batch_size: int = flag(0, "samples a step, over all processes; 0: the stage's default", "optimization")
@@ -90,15 +91,12 @@ if __name__ == "__main__":
 import contextlib
 import copy
 import itertools
-import json
 import math
-import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -109,143 +107,13 @@ import evaluate
 from data import Latents, open_data
 from flow import formulation, shift
 from mmdit import MMDiT
-from optim import local, lr_factor, make_optimizers, update_average, whole
+from optim import lr_factor, make_optimizers, update_average, whole
 from pipeline import autocast, batches, caption_batches, check_fingerprint, conditioned_batches, count, first, first_captions, precision, report_skipped
+from runs import Run, plot
 from sample import check_device, check_size, generate, grid, save_png, to_uint8
 from text_encoders import (BPETokenizer, CLIPTextEncoder, T5Denoiser, T5Encoder, UnigramTokenizer, contrastive_loss,
                            span_corruption)
 from vae import AutoencoderKL, psnr, vae_loss
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The files of a run
-
-class Run:
-    """The files of a stage in a run folder, which rank 0 writes: metrics.jsonl, STAGE-loss.png, and the checkpoints STAGE-STEP.ckpt (with FSDP, folders).
-
-    A checkpoint has this name only when it is whole."""
-
-    def __init__(self, cfg):
-        self.cfg, self.folder = cfg, Path(cfg.out)
-        self.metrics = self.folder / "metrics.jsonl"
-
-    def checkpoints(self):
-        """{step: path}, the newest last."""
-        return {int(path.stem.split("-")[1]): path for path in sorted(self.folder.glob(f"{self.cfg.stage}-{'[0-9]' * 7}*.ckpt"))}
-
-    def latest(self):
-        return next(reversed(self.checkpoints().values()), None)
-
-    def refuse_to_overwrite(self):
-        if not self.cfg.resume and (self.checkpoints() or self.done()):
-            raise ValueError(f"{self.folder} holds a run of stage {self.cfg.stage}: --resume goes on with it, another --out starts afresh")
-
-    def start(self, step):
-        """At `step`: forgets what a killed run wrote after its last checkpoint."""
-        if distributed.rank():
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(f".{self.cfg.stage}-*.ckpt*"):
-            remove(left)
-        kept = [row for row in self.rows() if row["stage"] != self.cfg.stage or row["step"] <= step]
-        checkpoint.write(self.metrics, lambda temporary: Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in kept)))
-        checkpoint.write_json(self.folder / f"{self.cfg.stage}-config.json", asdict(self.cfg))
-
-    def save(self, step, module, averages, optimizers, **numbers):
-        """Beside, then renamed; then the older ones go, but for `keep` and milestones."""
-        path, every = self.folder / f"{self.cfg.stage}-{step:07}.ckpt", self.cfg.milestone_every
-        if not torch.stack(torch._foreach_norm(local(module.parameters()))).isfinite().all():
-            raise ValueError(f"the weights of stage {self.cfg.stage} are no longer finite at step {step}; {self.last_good()} (a smaller --lr may help)")
-        if self.cfg.sharding == "fsdp":
-            distributed.save_sharded(path, distributed.sharded_state(module, averages, optimizers, {"step": step, **numbers}))
-        elif distributed.rank() == 0:
-            ema = {**module.state_dict(), **dict(zip((name for name, _ in module.named_parameters()), averages))}
-            self.write(path, {"step": step, "model": module.state_dict(), "ema": {k: x.detach() for k, x in ema.items()},
-                              "optimizers": [o.state_dict() for o in optimizers], "config": asdict(self.cfg), **numbers})
-        if distributed.rank() == 0:
-            for old, path in list(self.checkpoints().items())[:-self.cfg.keep]:
-                if not every or old % every:
-                    remove(path)
-
-    def write(self, path, state):
-        try:
-            checkpoint.save_checkpoint(path, state)
-        except OSError as error:
-            raise OSError(f"{error}; {self.last_good()}, --resume goes on from it") from None
-
-    def load(self, module, averaged, averages, optimizers):
-        """Fills them from the newest checkpoint, if any; -> (step, bad steps)."""
-        path, numbers = self.latest(), {"step": 0, "bad": 0}
-        if path is None:
-            return 0, 0
-        if path.is_dir() != (self.cfg.sharding == "fsdp"):
-            raise ValueError(f"{path} was saved with --sharding {'fsdp' if path.is_dir() else 'ddp'}")
-        if path.is_dir():
-            numbers = distributed.load_sharded(path, module, averages, optimizers, numbers)
-        else:
-            state = checkpoint.load_checkpoint(path)
-            if not (isinstance(state, dict) and {"step", "model", "ema", "optimizers"} <= state.keys()):
-                raise ValueError(f"{path} is no training checkpoint")
-            checkpoint.load_strictly(module, state["model"], path)
-            checkpoint.load_strictly(averaged, state["ema"], path)
-            for optimizer, saved in zip(optimizers, state["optimizers"]):
-                optimizer.load_state_dict(saved)
-            numbers |= {name: state[name] for name in numbers.keys() & state.keys()}
-        return numbers["step"], numbers["bad"]
-
-    def last_good(self):
-        return f"the last good checkpoint is {self.latest()}" if self.latest() else "there is no checkpoint yet"
-
-    def done(self):
-        return any(row["stage"] == self.cfg.stage and row.get("done") for row in self.rows())
-
-    def finish(self):
-        """The stage's part is written: the checkpoints have served, but for milestones."""
-        self.log(self.cfg.steps, done=True)
-        for step, path in self.checkpoints().items() if distributed.rank() == 0 else ():
-            if not self.cfg.milestone_every or step % self.cfg.milestone_every:
-                remove(path)
-
-    def rows(self):
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
-
-    def log(self, step, **values):
-        if distributed.rank() == 0:
-            with open(self.metrics, "a") as file:
-                file.write(json.dumps({"stage": self.cfg.stage, "step": step, **values}) + "\n")
-
-    def plot(self):
-        """STAGE-loss.png: the training loss and every validation figure over the steps of this stage."""
-        draw_metrics({"": [row for row in self.rows() if row["stage"] == self.cfg.stage]}, self.folder / f"{self.cfg.stage}-loss.png")
-
-
-def remove(path):
-    """A file or a folder, which is no checkpoint any more when its removal begins."""
-    if path.is_dir():
-        path = path.rename(path.with_name(f".{path.name.lstrip('.')}.old"))
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def draw_metrics(rows_of, path):
-    """{run: rows}: one panel a figure, one line a run, over the steps."""
-    skip = "lr", "rate", "grad_norm"
-    names = sorted({k for rows in rows_of.values() for row in rows for k, v in row.items() if isinstance(v, float) and k not in skip})
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, max(len(names), 1), figsize=(4 * max(len(names), 1), 3), squeeze=False)
-    for axis, name in zip(axes[0], names):
-        for run, rows in rows_of.items():
-            axis.plot([row["step"] for row in rows if name in row], [row[name] for row in rows if name in row], label=run)
-        axis.set(title=name, xlabel="step")
-        axis.grid(alpha=0.3)
-    if len(rows_of) > 1:
-        axes[0, 0].legend()
-    figure.tight_layout()
-    checkpoint.write(path, lambda temporary: figure.savefig(temporary, format="png"))
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -467,15 +335,22 @@ def train_clip(cfg):
         losses = [contrastive_loss(distributed.gathered(i), distributed.gathered(t), scale) for i, t in pairs]
         return sum(losses), {"loss_l": losses[0].item(), "loss_g": losses[1].item()}
 
-    images, _, samples = first(held_out, 1024, cfg)
-    dense = [s.synthetic or s.original for s in samples]
+    plain = first(held_out, 1024, cfg)
+    held_out.twins = True
+    twins = first(held_out, 512, cfg) if cfg.data.startswith("shapes") else None
 
     @torch.no_grad()
+    def retrieval(towers, pictures, ways):
+        """(L's, G's) share of pictures that find their dense caption."""
+        images, _, samples = pictures
+        dense = [s.synthetic or s.original for s in samples]
+        pairs = [features(towers, i, dense[256 * k:256 * (k + 1)]) for k, i in enumerate(images.split(256))]
+        return [evaluate.retrieval(*(torch.cat([p[which][side] for p in pairs]).cpu() for side in (0, 1)), min(ways, len(images))) for which in (0, 1)]
+
     def validate(towers, step):
-        pairs = [features(towers, i, dense[k:k + 256]) for k, i in zip(range(0, 1024, 256), images.split(256))]
-        l, g = ([torch.cat([p[which][side] for p in pairs]).cpu() for side in (0, 1)] for which in (0, 1))
-        ways = min(64, len(images))
-        return {"retrieval_l": evaluate.retrieval(*l, ways), "retrieval_g": evaluate.retrieval(*g, ways)}
+        """Also among twins alone, which differ in what belongs to what: 0.5 is a bag of words."""
+        values = {"retrieval": retrieval(towers, plain, 64), **({"twins": retrieval(towers, twins, 2)} if twins else {})}
+        return {f"{name}_{tower}": value for name, both in values.items() for tower, value in zip("lg", both)}
 
     towers = fit(cfg, towers, lambda start: batches(dataset, cfg.batch_size, cfg, start, *place()), lambda batch, generator: batch[:2], loss_of, validate)
     if distributed.rank():
@@ -634,6 +509,8 @@ def check(cfg):
 
 def main():
     cfg = CONFIG
+    if cfg.plot:
+        return plot(cfg.plot, cfg.out)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32

@@ -19,6 +19,7 @@ import distributed
 import optim
 import pipeline
 import train
+from runs import plot
 from config import parse_config
 from sample import generate
 from train import DEFAULTS, TRAIN, TrainConfig
@@ -397,6 +398,16 @@ def test_muons_updates_are_semi_orthogonal():
     for shape in ((2, 48, 96), (2, 96, 48)):
         values = torch.linalg.svdvals(optim.orthogonalized(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
         assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_plot_draws_runs_side_by_side(tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"stage": "vae", "step": 1, "loss": 0.5}\n{"stage": "t5", "step": 1, "loss": 1.5}\n{"stage": "t5", "st')
+    plot([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["t5-compared.png", "vae-compared.png"]
+    with pytest.raises(ValueError, match="no run folder"):
+        plot([str(tmp_path / "nothing")], tmp_path / "out")
 
 
 def test_readme_commands_parse():

@@ -1,0 +1,157 @@
+"""The files of a training run: metrics.jsonl and its plots, and the checkpoints to resume from."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib
+import torch
+
+import checkpoint
+import distributed
+from optim import local
+
+
+class Run:
+    """The files of a stage in a run folder, which rank 0 writes: metrics.jsonl, STAGE-loss.png, and the checkpoints STAGE-STEP.ckpt (with FSDP, folders).
+
+    A checkpoint has this name only when it is whole."""
+
+    def __init__(self, cfg):
+        self.cfg, self.folder = cfg, Path(cfg.out)
+        self.metrics = self.folder / "metrics.jsonl"
+
+    def checkpoints(self):
+        """{step: path}, the newest last."""
+        return {int(path.stem.split("-")[1]): path for path in sorted(self.folder.glob(f"{self.cfg.stage}-{'[0-9]' * 7}*.ckpt"))}
+
+    def latest(self):
+        return next(reversed(self.checkpoints().values()), None)
+
+    def refuse_to_overwrite(self):
+        if not self.cfg.resume and (self.checkpoints() or self.done()):
+            raise ValueError(f"{self.folder} holds a run of stage {self.cfg.stage}: --resume goes on with it, another --out starts afresh")
+
+    def start(self, step):
+        """At `step`: forgets what a killed run wrote after its last checkpoint."""
+        if distributed.rank():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(f".{self.cfg.stage}-*.ckpt*"):
+            remove(left)
+        kept = [row for row in self.rows() if row["stage"] != self.cfg.stage or row["step"] <= step]
+        checkpoint.write(self.metrics, lambda temporary: Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in kept)))
+        checkpoint.write_json(self.folder / f"{self.cfg.stage}-config.json", asdict(self.cfg))
+
+    def save(self, step, module, averages, optimizers, **numbers):
+        """Beside, then renamed; then the older ones go, but for `keep` and milestones."""
+        path, every = self.folder / f"{self.cfg.stage}-{step:07}.ckpt", self.cfg.milestone_every
+        if not torch.stack(torch._foreach_norm(local(module.parameters()))).isfinite().all():
+            raise ValueError(f"the weights of stage {self.cfg.stage} are no longer finite at step {step}; {self.last_good()} (a smaller --lr may help)")
+        if self.cfg.sharding == "fsdp":
+            distributed.save_sharded(path, distributed.sharded_state(module, averages, optimizers, {"step": step, **numbers}))
+        elif distributed.rank() == 0:
+            ema = {**module.state_dict(), **dict(zip((name for name, _ in module.named_parameters()), averages))}
+            self.write(path, {"step": step, "model": module.state_dict(), "ema": {k: x.detach() for k, x in ema.items()},
+                              "optimizers": [o.state_dict() for o in optimizers], "config": asdict(self.cfg), **numbers})
+        if distributed.rank() == 0:
+            for old, path in list(self.checkpoints().items())[:-self.cfg.keep]:
+                if not every or old % every:
+                    remove(path)
+
+    def write(self, path, state):
+        try:
+            checkpoint.save_checkpoint(path, state)
+        except OSError as error:
+            raise OSError(f"{error}; {self.last_good()}, --resume goes on from it") from None
+
+    def load(self, module, averaged, averages, optimizers):
+        """Fills them from the newest checkpoint, if any; -> (step, bad steps)."""
+        path, numbers = self.latest(), {"step": 0, "bad": 0}
+        if path is None:
+            return 0, 0
+        if path.is_dir() != (self.cfg.sharding == "fsdp"):
+            raise ValueError(f"{path} was saved with --sharding {'fsdp' if path.is_dir() else 'ddp'}")
+        if path.is_dir():
+            numbers = distributed.load_sharded(path, module, averages, optimizers, numbers)
+        else:
+            state = checkpoint.load_checkpoint(path)
+            if not (isinstance(state, dict) and {"step", "model", "ema", "optimizers"} <= state.keys()):
+                raise ValueError(f"{path} is no training checkpoint")
+            checkpoint.load_strictly(module, state["model"], path)
+            checkpoint.load_strictly(averaged, state["ema"], path)
+            for optimizer, saved in zip(optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
+            numbers |= {name: state[name] for name in numbers.keys() & state.keys()}
+        return numbers["step"], numbers["bad"]
+
+    def last_good(self):
+        return f"the last good checkpoint is {self.latest()}" if self.latest() else "there is no checkpoint yet"
+
+    def done(self):
+        return any(row["stage"] == self.cfg.stage and row.get("done") for row in self.rows())
+
+    def finish(self):
+        """The stage's part is written: the checkpoints have served, but for milestones."""
+        self.log(self.cfg.steps, done=True)
+        for step, path in self.checkpoints().items() if distributed.rank() == 0 else ():
+            if not self.cfg.milestone_every or step % self.cfg.milestone_every:
+                remove(path)
+
+    def rows(self):
+        return self.read(self.metrics)
+
+    @staticmethod
+    def read(path):
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+
+    def log(self, step, **values):
+        if distributed.rank() == 0:
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps({"stage": self.cfg.stage, "step": step, **values}) + "\n")
+
+    def plot(self):
+        """STAGE-loss.png: the training loss and every validation figure over the steps of this stage."""
+        draw_metrics({"": [row for row in self.rows() if row["stage"] == self.cfg.stage]}, self.folder / f"{self.cfg.stage}-loss.png")
+
+
+def remove(path):
+    """A file or a folder, which is no checkpoint any more when its removal begins."""
+    if path.is_dir():
+        path = path.rename(path.with_name(f".{path.name.lstrip('.')}.old"))
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def draw_metrics(rows_of, path):
+    """{run: rows}: one panel a figure, one line a run, over the steps."""
+    skip = "lr", "rate", "grad_norm"
+    names = sorted({k for rows in rows_of.values() for row in rows for k, v in row.items() if isinstance(v, float) and k not in skip})
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, max(len(names), 1), figsize=(4 * max(len(names), 1), 3), squeeze=False)
+    for axis, name in zip(axes[0], names):
+        for run, rows in rows_of.items():
+            axis.plot([row["step"] for row in rows if name in row], [row[name] for row in rows if name in row], label=run)
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+    if len(rows_of) > 1:
+        axes[0, 0].legend()
+    figure.tight_layout()
+    checkpoint.write(path, lambda temporary: figure.savefig(temporary, format="png"))
+    plt.close(figure)
+
+
+def plot(folders, out):
+    """`train.py --plot RUN...`: every stage of the runs, in STAGE-compared.png of the folder `out`."""
+    rows = {folder: Run.read(Path(folder) / "metrics.jsonl") for folder in folders}
+    for folder, found in rows.items():
+        if not found:
+            raise ValueError(f"{folder} holds no metrics.jsonl with a line in it: no run folder")
+    for stage in dict.fromkeys(row["stage"] for found in rows.values() for row in found):
+        path = Path(out) / f"{stage}-compared.png"
+        draw_metrics({folder: [row for row in found if row["stage"] == stage] for folder, found in rows.items()}, path)
+        print(f"wrote {path}")
