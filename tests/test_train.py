@@ -19,8 +19,8 @@ import distributed
 import optim
 import pipeline
 import train
-from runs import plot
 from config import parse_config
+from runs import plot
 from sample import generate
 from train import DEFAULTS, TRAIN, TrainConfig
 
