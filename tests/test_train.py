@@ -18,6 +18,7 @@ import checkpoint
 import distributed
 import optim
 import pipeline
+import runs
 import train
 from config import parse_config
 from runs import plot
@@ -212,7 +213,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, tiny, tmp_path):
 
 @pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
 def test_every_setting_is_used(name):
-    source = inspect.getsource(train).split("STAGES")[2] + "".join(map(inspect.getsource, (pipeline, optim, distributed)))
+    source = inspect.getsource(train).split("STAGES")[2] + "".join(map(inspect.getsource, (pipeline, optim, distributed, runs)))
     assert re.search(rf"\bcfg\.{name}\b", source), f"--{name} is accepted and dropped"
 
 
