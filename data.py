@@ -189,6 +189,84 @@ def relation(a, b):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Edits of scenes (App. D): an instruction and what the scene then is. Each is made of a look, {(shape, color, word): [numbers of the things]}, or is None where it cannot be.
+
+def looks(scene):
+    found = {}
+    for k, t in enumerate(scene.things):
+        found.setdefault((t.shape, t.color, t.word), []).append(k)
+    return found
+
+
+def called(scene, look, members):
+    """'the circle', 'the red circle' where there are others, 'the circles', 'the sign'."""
+    shape, color, word = look
+    noun = "sign" if word else plural(shape) if len(members) > 1 else shape
+    alike = sum(other[0] == shape for other in looks(scene))
+    return f"the {color} {noun}" if alike > 1 else f"the {noun}"
+
+
+def changed(scene, members, **fields):
+    return replace(scene, things=tuple(replace(t, **fields) if k in members else t for k, t in enumerate(scene.things)))
+
+
+def placed_anew(rng, scene, thing, others, level, left="", attempts=50):
+    """The thing where it touches none of the others, in another ninth than `left`; or None."""
+    for _ in range(attempts):
+        moved = one_place(rng, thing, level, scene.columns, scene.rows)
+        if not any(touching(moved, other) for other in others) and where(moved, scene) != left:
+            return moved
+
+
+def recolor(rng, scene, look, members, level):
+    color = other_color(rng, scene.things[members[0]])
+    return f"make {called(scene, look, members)} {color}", changed(scene, members, color=color)
+
+
+def exchange(rng, scene, look, members, level):
+    shapes = [shape for shape in SHAPES if shape != look[0] and (shape, look[1]) not in HELD_OUT_PAIRS]
+    shape = shapes[rng.integers(len(shapes))]
+    return look[0] and (f"replace {called(scene, look, members)} with {article(shape) if len(members) == 1 else plural(shape)}", changed(scene, members, shape=shape))
+
+
+def remove(rng, scene, look, members, level):
+    left = tuple(t for k, t in enumerate(scene.things) if k not in members)
+    return left and (f"remove {called(scene, look, members)}", replace(scene, things=left))
+
+
+def add(rng, scene, look, members, level):
+    color = list(COLORS)[rng.integers(8)]
+    shapes = [shape for shape in SHAPES if (shape, color) not in HELD_OUT_PAIRS]
+    size = "medium" if level == "lattice" else ("small", "large")[rng.integers(2)]
+    new = len(scene.things) < 4 and placed_anew(rng, scene, Thing(color, 0, 0, shapes[rng.integers(len(shapes))], size), scene.things, level)
+    return new and (f"add {named(new)} at the {where(new, scene)}", replace(scene, things=(*scene.things, new)))
+
+
+def move(rng, scene, look, members, level):
+    k, *more = members
+    others = [t for j, t in enumerate(scene.things) if j != k]
+    new = not more and placed_anew(rng, scene, scene.things[k], others, level, where(scene.things[k], scene))
+    return new and (f"move {called(scene, look, members)} to the {where(new, scene)}", changed(scene, members, x=new.x, y=new.y))
+
+
+def respell(rng, scene, look, members, level):
+    word = look[2] and "".join(LETTERS[k] for k in rng.integers(26, size=len(look[2])))
+    return word not in ("", look[2], *HELD_OUT_WORDS) and (f"change the word to {word}", changed(scene, members, word=word))
+
+
+EDITS = {"recolor": recolor, "replace": exchange, "remove": remove, "add": add, "move": move, "word": respell}
+
+
+def edited(rng, scene, level="lattice"):
+    """(kind, instruction, the scene after it): one thing, or all of one look, is changed, and nothing else."""
+    while True:
+        kind, found = list(EDITS)[rng.integers(len(EDITS))], looks(scene)
+        look = list(found)[rng.integers(len(found))]
+        if result := EDITS[kind](rng, scene, look, found[look], level):
+            return kind, *result
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Drawing
 
 _angles = np.linspace(0, 2 * np.pi, 41)[:-1]
@@ -331,22 +409,34 @@ class Shapes(Dataset):
 
     twins = False  # every scene at an odd index is the twin of the one before
 
-    def __init__(self, level="lattice", width=64, height=64, split="train", seed=0):
+    def __init__(self, level="lattice", width=64, height=64, split="train", seed=0, buckets=False):
         if level not in LEVELS + ("all",):
             raise ValueError(f"unknown level {level!r} of shapes; known: {', '.join(LEVELS)}, all")
         self.levels = LEVELS if level == "all" else (level,)
-        self.width, self.height, self.seed = width, height, (seed, ("train", "val", "unseen").index(split))
+        self.seed = seed, ("train", "val", "unseen").index(split)
+        self.sizes = [size for size in bucket_sizes(width) if max(size) <= 2 * min(size)] if buckets else [(width, height)]      # 1:2 to 2:1; a scene has room for its things
 
     def __len__(self):
         return 2 ** 31
+
+    @cached_property
+    def groups(self):
+        """A scene of n sizes has one of them by its number."""
+        n = len(self.sizes)
+        return [range(k, n * len(self), n) for k in range(n)]
+
+    def size(self, index):
+        return self.sizes[index % len(self.sizes)]
 
     def scene(self, index):
         if self.twins and index % 2:
             scene, rng = self.scene(index - 1)
             return twin(rng, scene), rng
         rng = np.random.default_rng((*self.seed, index))
-        level = self.levels[(index // 2 if self.twins else index) % len(self.levels)]
-        return random_scene(rng, level, *cells(self.width, self.height), held_out=self.seed[1] == 2), rng
+        return random_scene(rng, self.level(index), *cells(*self.size(index)), held_out=self.seed[1] == 2), rng
+
+    def level(self, index):
+        return self.levels[(index // 2 if self.twins else index) // len(self.sizes) % len(self.levels)]
 
     def captions(self, index):
         """(original, synthetic), without drawing."""
@@ -355,7 +445,23 @@ class Shapes(Dataset):
 
     def __getitem__(self, index):
         scene, rng = self.scene(index)
-        return Sample(render(scene, self.width, self.height), original_caption(scene, rng), synthetic_caption(scene))
+        return Sample(render(scene, *self.size(index)), original_caption(scene, rng), synthetic_caption(scene))
+
+
+class ShapeEdits(Shapes):
+    """Scenes edited: samples as those of Edits below, without end."""
+
+    def edit(self, index):
+        """(scene, kind of the edit, instruction, edited scene)."""
+        scene, rng = self.scene(index)
+        return scene, *edited(rng, scene, self.level(index))
+
+    def captions(self, index):
+        return self.edit(index)[2], ""
+
+    def __getitem__(self, index):
+        scene, _, instruction, after = self.edit(index)
+        return Sample(np.concatenate([render(s, *self.size(index)) for s in (after, scene)], 2), instruction)
 
 
 def fit(image, width, height):
@@ -442,14 +548,17 @@ class Folder(Pictures):
         check_columns({*wanted}, known)
         return [row[:3] for row in rows if test({name: row[3].get(name, math.nan) for name in wanted})]
 
+    def measure(self, path):
+        with Image.open(path) as image:
+            return upright_size(image)
+
     def measured(self):
         """The bucket of each picture: its header is read."""
         sizes = np.ones((len(self.items), 2))
         readable = np.ones(len(self.items), bool)
         for i, (path, *_) in enumerate(tqdm(self.items, "sizes", unit="picture", delay=2)):
             try:
-                with Image.open(path) as image:
-                    sizes[i] = upright_size(image)
+                sizes[i] = self.measure(path)
             except PICTURE_ERRORS as error:
                 self.skipped[path], readable[i] = reason(error), False
         return np.where(readable, nearest_buckets(self.sizes, *sizes.T, self.upscale), -2)
@@ -473,6 +582,80 @@ def every_20th(items, split):
 def photo_of(names, seed):
     """The paper's caption for classes, "a photo of a <class name>", with one of the class's names drawn at random (Sec. 5.1)."""
     return f"a photo of {article(str(np.random.default_rng(seed).choice(names)))}"
+
+
+class Couples(Folder):
+    """Two pictures of one size and a text, by the names KEYS: lines {"TEXT": ..., "FIRST": file, "SECOND": file} of a jsonl file or of DIR/metadata.jsonl, the files' paths as seen from
+    there; or in DIR name.txt, name.FIRST.png and name.SECOND.png. A file may also be latents, name.npy: (C, h, w), normalised, of just the wanted size.
+
+    dataset[i].image has both, side by side on the channels: (H, W, 6) uint8, or (2C, h, w) float32 of latents."""
+
+    KEYS = "text", "first", "second"
+    SUFFIXES = {*Folder.SUFFIXES, ".npy"}
+
+    def __init__(self, path, width=64, height=64, split="train", seed=0, filter="", buckets=False, upscale=False):
+        Pictures.__init__(self, width, height, seed, buckets, upscale)
+        path = Path(path)
+        jsonl = path / "metadata.jsonl" if path.is_dir() else path
+        found = sorted(self.listed(jsonl, filter) if jsonl.exists() else self.beside(path))
+        if not found:
+            text, *files = self.KEYS
+            raise ValueError(f"{path} holds no {text} with two pictures (lines of {', '.join(self.KEYS)}, or files name.txt, name.{files[0]}.png, name.{files[1]}.png)")
+        self.items = every_20th(found, split)
+        if buckets:
+            self.arrange(self.measured(), range(len(self.items)))
+
+    def listed(self, jsonl, filter):
+        """(first, second, text) of each line."""
+        if filter:
+            raise ValueError(f"{jsonl} has no columns for --filter")
+        for number, line in enumerate(jsonl.read_bytes().splitlines(), 1):
+            try:
+                text, first, second = (json.loads(line)[key] for key in self.KEYS)
+                yield str(jsonl.parent / first), str(jsonl.parent / second), text.strip()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"{jsonl} line {number} is no JSON object with {', '.join(self.KEYS)}, all strings") from None
+
+    def beside(self, root):
+        for path in root.rglob("*.txt"):
+            files = [next((str(file) for suffix in sorted(self.SUFFIXES) if (file := path.with_suffix(f".{key}{suffix}")).exists()), None) for key in self.KEYS[1:]]
+            if all(files):
+                yield *files, path.read_text("utf-8", errors="replace").strip()
+
+    def measure(self, path):
+        if not path.endswith(".npy"):
+            return super().measure(path)
+        _, h, w = latent_file(path).shape
+        return 8 * w, 8 * h
+
+    def captions(self, index):
+        return self.items[index][2], ""
+
+    def __getitem__(self, index):
+        *paths, text = self.items[index]
+        width, height = self.sizes[0 if self.bucket is None else self.bucket[index]]
+        both = [latent_file(path) if path.endswith(".npy") else self.cropped(path, index, path, ("",)).image for path in paths]
+        for path, x in zip(paths, both):
+            if x.shape != both[0].shape or x.ndim != 3 or x.dtype != both[0].dtype or x.dtype != np.uint8 and x.shape[1:] != (height // 8, width // 8):
+                raise Unreadable(path, f"it is {x.shape} {x.dtype} beside {both[0].shape} {both[0].dtype}, for pictures of {width} x {height} pixels")
+        return Sample(np.concatenate(both, 2 if both[0].dtype == np.uint8 else 0), text)
+
+
+def latent_file(path):
+    try:
+        return np.load(path).astype(np.float32)
+    except (OSError, ValueError) as error:
+        raise Unreadable(path, reason(error)) from None
+
+
+class Pairs(Couples):
+    """What is preferred over what for a prompt (App. C)."""
+    KEYS = "prompt", "chosen", "rejected"
+
+
+class Edits(Couples):
+    """What an instruction makes of a picture (App. D)."""
+    KEYS = "instruction", "edited", "image"
 
 
 class ImageNet(Folder):
@@ -681,26 +864,29 @@ def read_texts(shard):
 
 # ---------------------------------------------------------------------------------------------------------------
 
-SOURCES = {"shapes": Shapes, "folder": Folder, "imagenet": ImageNet, "fashion-mnist": FashionMNIST, "tar": Tar, "latents": Latents}
+SOURCES = {"shapes": Shapes, "folder": Folder, "imagenet": ImageNet, "fashion-mnist": FashionMNIST, "tar": Tar, "latents": Latents, "shape-edits": ShapeEdits, "edits": Edits,
+           "pairs": Pairs}
 SPECS = "shapes[:LEVEL], folder:DIR, imagenet:DIR, fashion-mnist:DIR, tar:DIR/{00000..00099}.tar, latents:DIR"
+COUPLES = "shape-edits[:LEVEL], edits:DIR|FILE.jsonl, pairs:DIR|FILE.jsonl"
 
 
 def open_data(spec, width=64, height=64, split="train", seed=0, **options):
     """The data set of a SPEC. `split` is train or val (shapes also: unseen); options: filter, buckets, upscale, where the pictures have many sizes."""
     name, _, argument = spec.partition(":")
     if name not in SOURCES:
-        raise ValueError(f"unknown data {spec!r}; known: {SPECS}")
-    if name != "shapes" and not argument:
+        raise ValueError(f"unknown data {spec!r}; known: {SPECS}, {COUPLES}")
+    if not issubclass(SOURCES[name], Shapes) and not argument:
         raise ValueError(f"--data {name} needs a folder: {name}:DIR")
     options = {key: value for key, value in options.items() if value}
-    if options and not issubclass(SOURCES[name], Pictures):
-        raise ValueError(f"--{next(iter(options))} is for folder:, imagenet: and tar: alone, not for {name}")
+    taken = options.keys() if issubclass(SOURCES[name], Pictures) else {"buckets"} if issubclass(SOURCES[name], Shapes) else ()
+    if refused := [key for key in options if key not in taken]:
+        raise ValueError(f"--{refused[0]} is for folder:, imagenet: and tar: alone, not for {name}")
     return SOURCES[name](*[argument] * bool(argument), width=width, height=height, split=split, seed=seed, **options)
 
 
 @dataclass
 class PrecomputeConfig:
-    data: str = flag("shapes", SPECS, "run")
+    data: str = flag("shapes", f"{SPECS}, {COUPLES}", "run")
     weights: str = flag("weights/mini", "bundle whose VAE and text encoders are used", "run")
     out: str = flag("runs/latents", "folder to write, then --data latents:DIR; the same command goes on where it stopped", "run")
     samples: int = flag(0, "pictures to take; 0: all, of data that ends", "data")

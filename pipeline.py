@@ -165,8 +165,9 @@ def caption_batches(dataset, batch_size, cfg, start=0, rank=0, world=1):
 
 
 def to_tensor(samples):
-    """Samples -> (B, 3, H, W) in [-1, 1]."""
-    return from_uint8(torch.from_numpy(np.stack([s.image for s in samples])))
+    """Samples -> (B, 3, H, W) in [-1, 1], or (B, 6, H, W) of two pictures each; latents as they are."""
+    images = torch.from_numpy(np.stack([s.image for s in samples]))
+    return from_uint8(images) if images.dtype == torch.uint8 else images
 
 
 def count(dataset):
@@ -204,8 +205,14 @@ def autocast(cfg):
 
 @torch.no_grad()
 def encode_images(bundle, images, cfg):
-    """(B, 3, H, W) in [-1, 1] -> normalised latents (B, C, h, w), the posterior's mean."""
-    return torch.cat([bundle.vae.to_latents(part.to(cfg.device), sample=False).cpu() for part in images.split(64)])
+    """(B, 3, H, W) in [-1, 1] -> normalised latents (B, C, h, w), the posterior's mean; of two pictures a sample, (B, 6, H, W) -> (B, 2C, h, w)."""
+    pictures = images.unflatten(1, (-1, 3)).flatten(0, 1)
+    return torch.cat([bundle.vae.to_latents(part.to(cfg.device), sample=False).cpu() for part in pictures.split(64)]).unflatten(0, (len(images), -1)).flatten(1, 2)
+
+
+def latents_of(bundle, samples, images, cfg):
+    """Of samples and their `to_tensor`: encoded, where they are not latents already."""
+    return encode_images(bundle, images, cfg) if samples[0].image.dtype == np.uint8 else images
 
 
 @torch.no_grad()
@@ -226,8 +233,8 @@ def encoded_batches(dataset, bundle, cfg, start, rank=0, world=1):
     chunk = steps * cfg.batch_size
     for number in itertools.count(start // (chunk * cfg.reuse)):
         latents, captions = [], []
-        for images, texts, _ in itertools.islice(batches(dataset, cfg.batch_size, cfg, number * chunk, rank, world), steps):
-            latents.append(encode_images(bundle, images, cfg))
+        for images, texts, samples in itertools.islice(batches(dataset, cfg.batch_size, cfg, number * chunk, rank, world), steps):
+            latents.append(latents_of(bundle, samples, images, cfg))
             captions.append(texts)
         unique = {text: row for row, text in enumerate(dict.fromkeys(itertools.chain(*captions)))}  # captions that repeat are encoded once
         context, pooled = encode_captions(bundle, list(unique), cfg)
@@ -351,7 +358,7 @@ def write_shard(folder, bundle, batches, cfg, bar):
         samples = [sample for sample, _ in rows if sample is not None]
         skipped.update(item for _, found in rows for item in found.items())
         if samples:
-            latents.append(encode_images(bundle, to_tensor(samples), cfg))
+            latents.append(latents_of(bundle, samples, to_tensor(samples), cfg))
             captions += [(sample.original, sample.synthetic) for sample in samples]
         bar.update(len(rows))
     if not captions:

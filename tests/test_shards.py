@@ -311,7 +311,7 @@ def test_bucketed_pictures_keep_their_shape_and_are_not_enlarged(tmp_path):
             assert len({larger[int(i)].image.shape for i in group}) == 1
     assert str(tmp_path / "6.png") in data.skipped
     with pytest.raises(ValueError, match="--buckets is for folder:"):
-        open_data("shapes", buckets=True)
+        open_data("fashion-mnist:absent", buckets=True)
 
 
 # ---- ImageNet
