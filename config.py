@@ -40,11 +40,11 @@ def one_of(choices):
     return parse
 
 
-def parse_config(cls, argv=None, description=""):
-    """A `cls` (dataclass) filled from the command line; `--batch-size` for `batch_size`, `--no-ema` for a field that is True."""
+def parse_config(cls, argv=None, description="", only=None):
+    """A `cls` (dataclass) filled from the command line; `--batch-size` for `batch_size`, `--no-ema` for a field that is True. `only`: the fields that are flags, if not all."""
     parser = Parser(prog=Path(sys.argv[0]).name, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {}
-    for field in dataclasses.fields(cls):
+    for field in (field for field in dataclasses.fields(cls) if only is None or field.name in only):
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         name, meta = "--" + field.name.replace("_", "-"), field.metadata
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))

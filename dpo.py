@@ -1,14 +1,51 @@
-"""Alignment (App. C): so far the low-rank adapters (LoRA, Hu et al. 2021) that it trains."""
+"""Alignment with preferences (App. C): Diffusion-DPO (Wallace et al. 2023) on low-rank adapters (LoRA, Hu et al. 2021) of all linear layers.
 
+    python dpo.py make-pairs --out runs/pairs                              # the miniature draws, a program judges: what `dpo.py train` learns from
+    python dpo.py train --pairs runs/pairs --out runs/dpo                  # then: python sample.py --weights runs/dpo --prompt "..."
+    python dpo.py train --pairs preferences.jsonl --weights BUNDLE --out runs/dpo --resume
+    python dpo.py make-pairs --prompts-file prompts.txt --judge person --out runs/pairs      # draws contact sheets; once choices.txt is filled in, the same command again
+    torchrun --nproc_per_node 8 dpo.py train --pairs latents:runs/latents --weights BUNDLE --device cuda --out runs/dpo
+
+Preferences are lines {"prompt": ..., "chosen": file, "rejected": file} of a jsonl file, or files x.txt, x.chosen.png, x.rejected.png of a folder; pictures, or
+latents (.npy); or what `data.py precompute --data pairs:...` made of either. The run folder is a bundle with the LoRA merged in; lora.safetensors, in diffusers'
+layout, is the LoRA alone. The loop, and what a stopped or a distributed run can rely on, are train.py's.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
+from tqdm import tqdm
 
 import checkpoint
+import distributed
+import evaluate
+import train
+from config import flag, one_line_errors, parse_config
+from data import Latents, open_data
+from flow import formulation, shift
+from pipeline import check_fingerprint, claim, conditioned_batches, count
+from runs import Run
+from sample import check_device, check_prompts, from_uint8, generate, grid, save_png
+from train import TrainConfig
+
+# ---------------------------------------------------------------------------------------------------------------
+# LoRA
 
 
 class LoRALinear(nn.Linear):
     """W x + b + (alpha / rank) B A x with W and b frozen. Its weight keeps its name, so the model's own state dict is still inside the adapted one's."""
+
+    on = True           # False: the layer as it was (`without_lora`)
 
     def __init__(self, linear, rank, alpha):
         nn.Module.__init__(self)
@@ -20,7 +57,8 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, rank))      # the update starts at zero
 
     def forward(self, x):                                                     # (..., in) -> (..., out)
-        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        y = super().forward(x)
+        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B) if self.on else y
 
 
 def add_lora(module, rank, alpha=None):
@@ -32,6 +70,19 @@ def add_lora(module, rank, alpha=None):
         if type(linear) is nn.Linear:
             module.set_submodule(name, LoRALinear(linear, rank, alpha or rank))
     return module
+
+
+@contextlib.contextmanager
+def without_lora(module):
+    """The module as it was before `add_lora`, to the bit: DPO's reference, without a second copy of the weights."""
+    loras = [lora for lora in module.modules() if isinstance(lora, LoRALinear)]
+    for lora in loras:
+        lora.on = False
+    try:
+        yield
+    finally:
+        for lora in loras:
+            lora.on = True
 
 
 def merge_lora(module):
@@ -49,3 +100,328 @@ def save_lora(path, mmdit):
     """The adapters of an MM-DiT in diffusers' layout: for `sample.py --lora` and for `StableDiffusion3Pipeline.load_lora_weights`."""
     loras = {name: lora for name, lora in mmdit.named_modules() if isinstance(lora, LoRALinear)}
     checkpoint.save_lora(path, {name: (lora.lora_A.detach(), lora.scale * lora.lora_B.detach()) for name, lora in loras.items()}, len(mmdit.joint_blocks))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loss
+
+def preference(model, reference, formulation, chosen, rejected, context, pooled, beta, t=None, eps=None, generator=None):
+    """-> (margin, drift), both (B,): how much more the model prefers the chosen latents (B, C, h, w) than the reference does, the argument of the log-sigmoid in App. C's loss, and the
+    mean squared difference of their outputs.
+
+    model, reference: (latents, t, context, pooled) -> output. Both pictures of a pair get the same t (B,) and eps, drawn unless given. Squared errors are means, not sums, over C h w."""
+    if t is None:
+        t = formulation.sample_t(len(chosen), generator, chosen.device)
+    if eps is None:
+        eps = torch.randn(chosen.shape, generator=generator).to(chosen)
+    x0, t, eps, context, pooled = torch.cat([chosen, rejected]), *(torch.cat([x, x]) for x in (t, eps, context, pooled))
+    z = formulation.input(formulation.interpolate(x0, eps, t), t)
+    out = model(z, t, context, pooled).float()
+    base = reference(z, t, context, pooled).float().detach()                  # not under no_grad, where another kernel may attend: a rounding error times beta
+    won, lost = (formulation.loss(lambda *_: out, x0, t, eps) - formulation.loss(lambda *_: base, x0, t, eps)).chunk(2)      # (B,) each
+    drift = (out - base).detach().square().flatten(1).mean(1).unflatten(0, (2, -1)).mean(0)
+    return -beta / 2 * (won - lost), drift
+
+
+def dpo_loss(model, reference, formulation, chosen, rejected, context, pooled, beta, t=None, eps=None, generator=None):
+    """(B,): App. C's loss of each pair, log 2 where the model is the reference; arguments as of `preference`."""
+    return -F.logsigmoid(preference(model, reference, formulation, chosen, rejected, context, pooled, beta, t, eps, generator)[0])
+
+
+def logged(margin, drift):
+    """{name: number} of a batch: the implicit accuracy is the share of pairs whose chosen picture the model prefers more than the reference does; a tie is half a pair."""
+    return {"accuracy": (margin.sign() / 2 + 0.5).mean().item(), "margin": margin.mean().item(), "drift": drift.mean().item()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# dpo.py train
+
+def is_shapes(config):
+    """Does a bundle's config say that the MM-DiT knows the world that a program can judge?"""
+    return str(config.get("data", "")).startswith("shapes")
+
+
+def again(name, default):
+    """train.py's flag with another default."""
+    return dataclasses.field(default=default, metadata=TrainConfig.__dataclass_fields__[name].metadata)
+
+
+@dataclass
+class DPOConfig(TrainConfig):
+    """What is not in FLAGS is train.py's default."""
+    stage: str = again("stage", "dpo")
+    pairs: str = flag("", "preferences: a jsonl file, a folder, latents:DIR", "run")
+    weights: str = flag("weights/mini", "bundle that is aligned", "run")
+    out: str = again("out", "runs/dpo")
+    steps: int = flag(2000, "optimizer steps; App. C: 4000 of the model of 2B weights, 2000 of 8B", "optimization")
+    batch_size: int = flag(32, "pairs a step, over all processes", "optimization")
+    lr: float = flag(1e-4, "learning rate of AdamW", "optimization")
+    ema_decay: float = again("ema_decay", 0.99)
+    beta: float = flag(2000.0, "strength of the loss: the larger, the nearer to the reference the model stays (Wallace et al. take 2000 to 5000)", "optimization")
+    rank: int = flag(128, "of the LoRA", "model")
+    alpha: float = flag(0.0, "the LoRA's update is multiplied with alpha / rank; 0: the rank", "model")
+    chunk: int = again("chunk", 1024)
+    eval_every: int = again("eval_every", 500)
+
+
+FLAGS = ("pairs", "weights", "out", "resume", "seed", "steps", "batch_size", "grad_accum", "lr", "warmup", "lr_schedule", "decay", "weight_decay", "clip_grad", "ema_decay", "ema_every",
+         "max_bad_steps", "beta", "rank", "alpha", "buckets", "upscale", "chunk", "reuse", "workers", "eval_every", "checkpoint_every", "keep", "milestone_every", "log_every", "device",
+         "precision", "tf32", "checkpointing", "sharding", "threads")
+
+
+def open_pairs(cfg, split):
+    name, _, folder = cfg.pairs.partition(":")
+    if name == "latents" and folder:
+        return open_data(cfg.pairs, cfg.resolution, cfg.resolution, split)
+    return open_data(f"pairs:{cfg.pairs}", cfg.resolution, cfg.resolution, split, cfg.seed, buckets=cfg.buckets, upscale=cfg.upscale)
+
+
+def align(cfg):
+    """The stage: `train.fit` on the LoRA."""
+    dataset, held_out = open_pairs(cfg, "train"), open_pairs(cfg, "val")
+    bundle, out = checkpoint.load_bundle(cfg.weights, cfg.device), Path(cfg.out)
+    if isinstance(dataset, Latents):
+        check_fingerprint(dataset, [cfg.weights], cfg.clip_length, cfg.t5_length)
+    form, alpha, config = formulation(bundle.config["formulation"]), bundle.config["shift"], bundle.part("mmdit").config
+    ours = isinstance(bundle.part("mmdit"), checkpoint.BundlePart)          # released weights get their LoRA alone
+    if ours and not distributed.rank():
+        checkpoint.copy_parts(cfg.weights, out)
+    torch.manual_seed(cfg.seed)
+    bundle.mmdit = add_lora(bundle.mmdit, cfg.rank, cfg.alpha)
+    bundle.mmdit.checkpointing = cfg.checkpointing
+
+    def compared(model, latents, *columns):
+        def reference(*inputs):
+            with without_lora(model):
+                return model(*inputs)
+        chosen, rejected, context, pooled, t, eps = (x.to(cfg.device) for x in (*latents.chunk(2, 1), *columns))
+        return preference(model, reference, form, chosen, rejected, context, pooled, cfg.beta, t, eps)
+
+    def noise_for(latents, n, generator):
+        """t and eps of n pairs."""
+        return shift(form.sample_t(n, generator), alpha), torch.randn(n, latents.shape[1] // 2, *latents.shape[2:], generator=generator)
+
+    def draw(batch, generator):
+        return *batch, *map(distributed.own, noise_for(batch[0], cfg.batch_size, generator))
+
+    def loss_of(model, *columns):
+        margin, drift = compared(model, *columns)
+        return -F.logsigmoid(margin).mean(), logged(margin.detach(), drift)
+
+    n = min(256, count(held_out))
+    validation = next(conditioned_batches(held_out, bundle, replace(cfg, workers=0, batch_size=n, chunk=n)))
+    validation = *validation, *noise_for(validation[0], n, torch.Generator().manual_seed(0))
+    prompts = train.fixed_prompts(cfg, held_out)
+
+    @torch.no_grad()
+    def validate(model, step):
+        margin, drift = (torch.cat(rows) for rows in zip(*(compared(model, *columns) for columns in zip(*(x.split(16) for x in validation)))))
+        bundle.mmdit = model
+        save_png(grid(generate(bundle, prompts)), out / f"grid-{step:07}.png", {"step": step, "prompts": "\n".join(prompts)})
+        save_lora(out / "lora.safetensors", model)
+        if ours:
+            checkpoint.save_part(out, "mmdit", merge_lora(copy.deepcopy(model)), config)
+        scores = evaluate.geneval(bundle, 10)[0] if cfg.data.startswith("shapes") else {}
+        return {"val_loss": -F.logsigmoid(margin).mean().item(), **{f"val_{name}": value for name, value in logged(margin, drift).items()}, **scores}
+
+    train.fit(cfg, bundle.mmdit, lambda start: conditioned_batches(dataset, bundle, cfg, start, *train.place()), draw, loss_of, validate)
+
+
+def check(cfg):
+    """Refuses what cannot be trained, before anything is written."""
+    if not cfg.pairs:
+        raise ValueError("--pairs is missing: a jsonl file or a folder of preferences, which `python dpo.py make-pairs` makes")
+    for name, least in {"rank": 1, "alpha": 0, "lr": 1e-12, "beta": 1e-6}.items():
+        if getattr(cfg, name) < least:
+            raise ValueError(f"--{name} is {getattr(cfg, name)}; the least is {least}")
+    if Path(cfg.out).resolve() == Path(cfg.weights).resolve():
+        raise ValueError(f"--out {cfg.out} is the bundle that is aligned, which would be overwritten")
+    before = Path(cfg.out) / "dpo-config.json"
+    for name, value in checkpoint.read_object(before).items() if cfg.resume and before.exists() else ():
+        if name in ("weights", "pairs", "rank", "alpha") and value != getattr(cfg, name):
+            raise ValueError(f"{cfg.out} was begun with --{name} {value}, not {getattr(cfg, name)}")
+    checkpoint.safetensors(f"{cfg.out}/lora.safetensors")
+    train.check(cfg)
+
+
+def run_dpo(cfg):
+    config = checkpoint.load_bundle(cfg.weights).config
+    cfg = replace(cfg, data="shapes" if is_shapes(config) else "", **{name: config[name] for name in ("resolution", "clip_length", "t5_length")})
+    check(cfg)
+    run = Run(cfg)
+    run.refuse_to_overwrite()
+    train.carry_out([run], {"dpo": align})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# dpo.py make-pairs: several pictures a prompt, ranked
+
+@dataclass
+class PairsConfig:
+    weights: str = flag("weights/mini", "bundle that draws", "run")
+    out: str = flag("runs/pairs", "folder to write, then --pairs DIR; the same command goes on where it stopped", "run")
+    judge: str = flag("auto", "who ranks: the detector of `shapes`, CLIP's score, a person (contact sheets and choices.txt); auto: the detector where it can", "run",
+                      choices=("auto", "detector", "clip", "person"))
+    prompts_file: str = flag("", "a text file with a prompt a line; empty: prompts of `shapes`", "prompts")
+    prompts: int = flag(350, "prompts of `shapes`, an equal share of each category and of signs", "prompts")
+    samples: int = flag(8, "pictures a prompt", "prompts")
+    per_prompt: int = flag(1, "pairs a prompt at most: best and worst, second best and second worst, ...", "prompts")
+    seed: int = flag(0, "of prompts and noise; those of evaluate.py are others", "prompts")
+    steps: int = flag(0, "steps of the sampler; 0: the bundle's", "sampling")
+    cfg: float = flag(-1.0, "guidance scale; -1: the bundle's", "sampling")
+    device: str = flag("cpu", "cpu, cuda, mps", "machine")
+
+
+APART = {"detector": 0.05, "clip": 0.01}    # scores of a pair differ by so much at least
+
+
+def likeness(wanted, thing):
+    """Of a thing to a wanted one, in [0, 1]: shape, then color; of signs, the letters in their places."""
+    if wanted.word or thing.word:
+        return sum(a == b for a, b in zip(wanted.word, thing.word)) / max(len(wanted.word), len(thing.word))
+    right = wanted.color in ("", thing.color)
+    return (0.75 if thing.shape == wanted.shape else 0.0) + 0.25 * right
+
+
+def crispness(image):
+    """Share of pixels of a color that `shapes` draws in."""
+    flat = np.concatenate([evaluate.PALETTE, evaluate.GROUNDS, [[0, 0, 0], [255, 255, 255]]])
+    return float((np.abs(image[:, :, None].astype(float) - flat).max(3).min(2) < 24).mean())
+
+
+def shapes_score(task, image):
+    """How good a picture uint8 (H, W, 3) of `shapes` is: 1 if it is exactly right, up to 0.5 more for the wanted things alike, less 0.1 for each other one, and a tenth of the crispness."""
+    things = evaluate.detect(image)[1]
+    left, alike = list(things), 0.0
+    for wanted in task.wanted[:len(things)]:
+        nearest = max(left, key=lambda thing: likeness(wanted, thing))
+        alike += likeness(wanted, nearest)
+        left.remove(nearest)
+    return evaluate.judge(task, things)[0] + 0.5 * alike / len(task.wanted) - 0.1 * len(left) + 0.1 * crispness(image)
+
+
+def scores_of(bundle, judge, task, images):
+    """uint8 (n, H, W, 3) -> n numbers, the more the better."""
+    if judge == "detector":
+        return [shapes_score(task, image) for image in images.numpy()]
+    pictures, texts = evaluate.clip_features(bundle, from_uint8(images).to(bundle.device), [task.prompt] * len(images))
+    return F.cosine_similarity(pictures, texts).tolist()
+
+
+def ranked(scores, most, apart):
+    """[(better, worse)] of the scores' places: best and worst, second best and second worst, ..., as long as they are `apart`."""
+    order = np.argsort(-np.array(scores), kind="stable").tolist()
+    return [(a, b) for a, b in zip(order[:len(order) // 2], order[::-1]) if scores[a] - scores[b] >= apart][:most]
+
+
+def picture_name(number, k):
+    return f"{number:05}-{k}.png"
+
+
+def contact_sheet(out, numbers, tasks, samples):
+    """sheet-NUMBER.png: for each prompt its pictures, numbered from 0."""
+    rows = [[Image.open(out / picture_name(number, k)) for k in range(samples)] for number in numbers]
+    width, height = rows[0][0].size
+    side = max(width, 32)
+    sheet = Image.new("RGB", (samples * (side + 4), len(rows) * (height + 32)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, (number, row) in zip(range(0, sheet.height, height + 32), zip(numbers, rows)):
+        draw.text((2, y + 1), f"{number:05}  {tasks[number].prompt}", fill="black")
+        for k, image in enumerate(row):
+            draw.text((k * (side + 4) + 2, y + 14), str(k), fill="black")
+            sheet.paste(image, (k * (side + 4), y + 28))
+    save_png(sheet, out / f"sheet-{numbers[0]:05}.png", {})
+
+
+def ask(out, tasks, samples):
+    """Contact sheets, and choices.txt to be filled in."""
+    for first in range(0, len(tasks), 12):
+        contact_sheet(out, range(first, min(first + 12, len(tasks))), tasks, samples)
+    lines = ["# prompt, best picture, worst picture: put numbers of sheet-*.png for the two dashes; lines with dashes are left out", *(f"{n:05} - - {task.prompt}" for n, task in enumerate(tasks))]
+    checkpoint.write(out / "choices.txt", lambda temporary: Path(temporary).write_text("\n".join(lines) + "\n"))
+    print(f"{out}: look at sheet-*.png, fill in choices.txt, then run the same command again")
+
+
+def read_choices(path, tasks, samples):
+    """{number of the prompt: (best, worst)}"""
+    chosen = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        fields = line.split(maxsplit=3)
+        if len(fields) >= 3 and "-" in fields[1:3]:
+            continue
+        good = len(fields) >= 3 and all(field.isdecimal() for field in fields[:3]) and int(fields[0]) < len(tasks) and max(map(int, fields[1:3])) < samples and int(fields[1]) != int(fields[2])
+        if not good:
+            raise ValueError(f"{path} line {number} is not: a prompt's number, then those of two of its {samples} pictures, or dashes")
+        chosen[int(fields[0])] = int(fields[1]), int(fields[2])
+    if not chosen:
+        raise ValueError(f"{path}: no line is filled in yet; {path.parent}/sheet-*.png show what to choose from")
+    return chosen
+
+
+def tasks_of(cfg, bundle):
+    """The prompts: evaluate.Task, without anything `wanted` where no program can judge."""
+    if cfg.prompts_file:
+        lines = Path(cfg.prompts_file).read_text("utf-8").splitlines()
+        return [evaluate.Task("", prompt, ()) for prompt in check_prompts([line.strip() for line in lines if line.strip()])]
+    if not is_shapes(bundle.config):
+        raise ValueError(f"{cfg.weights} is of no `shapes`, for which prompts can be made up: give --prompts-file FILE")
+    categories = (*evaluate.CATEGORIES, "typography")
+    columns = [evaluate.tasks(category, -(-cfg.prompts // len(categories)), 1000 + cfg.seed) for category in categories]
+    return [task for row in zip(*columns) for task in row][:cfg.prompts]
+
+
+def make_pairs(cfg):
+    """Writes OUT/metadata.jsonl and the pictures that it names; judged.jsonl, a line a prompt, is what a stopped run goes on from."""
+    for name, least in {"prompts": 1, "samples": 2, "per_prompt": 1, "seed": 0, "steps": 0}.items():
+        if getattr(cfg, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; the least is {least}")
+    check_device(cfg.device)
+    bundle, out = checkpoint.load_bundle(cfg.weights, cfg.device), Path(cfg.out)
+    todo = tasks_of(cfg, bundle)
+    judge = cfg.judge if cfg.judge != "auto" else "detector" if todo[0].wanted else "clip"
+    if judge == "detector" and not todo[0].wanted:
+        raise ValueError("--judge detector knows what prompts of `shapes` want, not those of --prompts-file: take clip or person")
+    claim(out, {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("out", "device")})
+    done = Run.read(out / "judged.jsonl")
+    for number in tqdm(range(len(done), len(todo)), "pairs", initial=len(done), total=len(todo), unit="prompt", disable=not sys.stderr.isatty()):
+        images = generate(bundle, [todo[number].prompt] * cfg.samples, seed=(1000 + cfg.seed) * 1_000_003 + number * cfg.samples, steps=cfg.steps, cfg=cfg.cfg)
+        scores = [] if judge == "person" else scores_of(bundle, judge, todo[number], images)
+        pairs = ranked(scores, cfg.per_prompt, APART.get(judge))
+        for k in range(cfg.samples) if judge == "person" else {k for pair in pairs for k in pair}:
+            save_png(Image.fromarray(images[k].numpy()), out / picture_name(number, k), {"prompt": todo[number].prompt})
+        done.append({"prompt": todo[number].prompt, "scores": scores, "pairs": pairs})
+        checkpoint.write(out / "judged.jsonl", lambda temporary: Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in done)))
+    if judge == "person":
+        if not (out / "choices.txt").exists():
+            return ask(out, todo, cfg.samples)
+        choices = read_choices(out / "choices.txt", todo, cfg.samples)
+        done = [{**row, "pairs": [choices[number]] if number in choices else []} for number, row in enumerate(done)]
+    finish(out, done)
+
+
+def finish(out, rows):
+    pairs = [{"prompt": row["prompt"], "chosen": picture_name(number, a), "rejected": picture_name(number, b)} for number, row in enumerate(rows) for a, b in row["pairs"]]
+    if not pairs:
+        raise ValueError(f"of none of {len(rows)} prompts one picture is better than another: more --samples may help")
+    checkpoint.write(out / "metadata.jsonl", lambda temporary: Path(temporary).write_text("".join(json.dumps(pair) + "\n" for pair in pairs)))
+    print(f"{out}: {len(pairs)} pairs of {len(rows)} prompts")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+def main():
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command == "train":
+        train.begin(parse_config(DPOConfig, sys.argv[2:], __doc__, FLAGS), run_dpo)
+    elif command == "make-pairs":
+        make_pairs(parse_config(PairsConfig, sys.argv[2:], __doc__))
+    elif command in ("-h", "--help"):
+        print(__doc__ + "\n`python dpo.py COMMAND --help` lists the flags.")
+    else:
+        raise ValueError(f"unknown command {command!r}; known: train, make-pairs")
+
+
+if __name__ == "__main__":
+    one_line_errors(main)

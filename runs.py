@@ -45,15 +45,17 @@ class Run:
         checkpoint.write_json(self.folder / f"{self.cfg.stage}-config.json", asdict(self.cfg))
 
     def save(self, step, module, averages, optimizers, **numbers):
-        """Beside, then renamed; then the older ones go, but for `keep` and milestones."""
+        """Beside, then renamed; then the older ones go, but for `keep` and milestones. Weights that are not trained are in no file of one process."""
         path, every = self.folder / f"{self.cfg.stage}-{step:07}.ckpt", self.cfg.milestone_every
         if not torch.stack(torch._foreach_norm(local(module.parameters()))).isfinite().all():
             raise ValueError(f"the weights of stage {self.cfg.stage} are no longer finite at step {step}; {self.last_good()} (a smaller --lr may help)")
         if self.cfg.sharding == "fsdp":
             distributed.save_sharded(path, distributed.sharded_state(module, averages, optimizers, {"step": step, **numbers}))
         elif distributed.rank() == 0:
-            ema = {**module.state_dict(), **dict(zip((name for name, _ in module.named_parameters()), averages))}
-            self.write(path, {"step": step, "model": module.state_dict(), "ema": {k: x.detach() for k, x in ema.items()},
+            kept = frozen(module)
+            state = {name: x for name, x in module.state_dict().items() if name not in kept}
+            ema = {**state, **dict(zip((name for name, p in module.named_parameters() if p.requires_grad), averages))}
+            self.write(path, {"step": step, "model": state, "ema": {k: x.detach() for k, x in ema.items()},
                               "optimizers": [o.state_dict() for o in optimizers], "config": asdict(self.cfg), **numbers})
         if distributed.rank() == 0:
             for old, path in list(self.checkpoints().items())[:-self.cfg.keep]:
@@ -79,8 +81,8 @@ class Run:
             state = checkpoint.load_checkpoint(path)
             if not (isinstance(state, dict) and {"step", "model", "ema", "optimizers"} <= state.keys()):
                 raise ValueError(f"{path} is no training checkpoint")
-            checkpoint.load_strictly(module, state["model"], path)
-            checkpoint.load_strictly(averaged, state["ema"], path)
+            for one, name in ((module, "model"), (averaged, "ema")):
+                checkpoint.load_strictly(one, frozen(module) | checkpoint.checked_state(state[name], path), path)
             for optimizer, saved in zip(optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
             numbers |= {name: state[name] for name in numbers.keys() & state.keys()}
@@ -115,6 +117,11 @@ class Run:
     def plot(self):
         """STAGE-loss.png: the training loss and every validation figure over the steps of this stage."""
         draw_metrics({"": [row for row in self.rows() if row["stage"] == self.cfg.stage]}, self.folder / f"{self.cfg.stage}-loss.png")
+
+
+def frozen(module):
+    """{name: weight} that are not trained, as those under a LoRA."""
+    return {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
 
 
 def remove(path):

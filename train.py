@@ -178,16 +178,18 @@ def gradients(network, columns, cfg):
 
 
 def fit(cfg, module, data, draw, loss_of, validate):
-    """Train `module` and return its averaged copy (with FSDP whole on rank 0 alone).
+    """Train those weights of `module` that require a gradient and return its averaged copy, which shares the others (with FSDP whole on rank 0 alone).
 
     data(start) yields batches from sample `start` on; draw(batch, generator) -> the columns, tensors or lists, of this process's rows of a batch with their noise, drawn for all
     rows from the step's generator; loss_of(module, *columns of a micro-batch) -> (loss, {name: number or list});
     validate(averaged module, step) -> {name: number}, called on rank 0 every eval_every steps and at the end."""
     run = Run(cfg)
     module.to(cfg.device).train()
-    averaged = copy.deepcopy(module).eval().requires_grad_(False)
+    names = {name for name, p in module.named_parameters() if p.requires_grad}
+    averaged = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad}).eval().requires_grad_(False)
     network = distributed.wrap(module, loss_of, cfg, precision(cfg))
-    averages = [p.detach().clone() for p in module.parameters()] if cfg.sharding == "fsdp" else list(averaged.parameters())
+    trained, copies = ([p for name, p in one.named_parameters() if name in names] for one in (module, averaged))
+    averages = [p.detach().clone() for p in trained] if cfg.sharding == "fsdp" else copies
     optimizers = make_optimizers(module, cfg, precision(cfg))
     base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     step, bad = run.load(module, averaged, averages, optimizers)
@@ -198,7 +200,7 @@ def fit(cfg, module, data, draw, loss_of, validate):
 
     def evaluated():
         if cfg.sharding == "fsdp":
-            for p, average in zip(averaged.parameters(), averages):
+            for p, average in zip(copies, averages):
                 p.copy_(whole(average))
         if distributed.rank() == 0:
             values = validate(averaged, step)
@@ -215,7 +217,7 @@ def fit(cfg, module, data, draw, loss_of, validate):
                 optimizer.param_groups[0]["lr"] = rate * lr_factor(step, cfg)
             columns = draw(batch, torch.Generator().manual_seed(cfg.seed * 1_000_003 + step))
             module.zero_grad(set_to_none=True)
-            with watched(module, cfg.watch_every and (step + 1) % cfg.watch_every == 0 and cfg.stage == "pretrain") as attentions:
+            with watched(module, cfg.watch_every and (step + 1) % cfg.watch_every == 0 and isinstance(module, MMDiT)) as attentions:
                 loss, values = gradients(network, columns, cfg)
             norm = distributed.clip_gradients(module, cfg.clip_grad).item()
             loss, stopping = distributed.mean([loss, bool(signals)], cfg.device)   # the same in all processes: they stop at one step
@@ -223,7 +225,7 @@ def fit(cfg, module, data, draw, loss_of, validate):
             if math.isfinite(loss) and math.isfinite(norm):
                 for optimizer in optimizers:
                     optimizer.step()
-                update_average(averages, module.parameters(), step, cfg)
+                update_average(averages, trained, step, cfg)
                 recent += [{"loss": loss, "grad_norm": norm, **parts} for parts in values]
             else:
                 bad += 1
@@ -522,6 +524,11 @@ def main():
     cfg = CONFIG
     if cfg.plot:
         return plot(cfg.plot, cfg.out)
+    begin(cfg, train)
+
+
+def begin(cfg, train):
+    """Sets up this machine, joins the other processes, and trains."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
@@ -536,14 +543,19 @@ def train(cfg):
         runs.append(Run(replace(cfg, stage=stage, **own)))
         check(runs[-1].cfg)
         runs[-1].refuse_to_overwrite()
+    carry_out(runs, TRAIN)
+
+
+def carry_out(runs, functions):
+    """One after the other, each by the function of its stage."""
     distributed.barrier()
     try:
         for run in runs:
-            if cfg.resume and run.done():
-                print(f"{cfg.out}: stage {run.cfg.stage} is done")
+            if run.cfg.resume and run.done():
+                print(f"{run.cfg.out}: stage {run.cfg.stage} is done")
                 continue
-            torch.manual_seed(cfg.seed)
-            TRAIN[run.cfg.stage](run.cfg)
+            torch.manual_seed(run.cfg.seed)
+            functions[run.cfg.stage](run.cfg)
             distributed.barrier()
             run.finish()
             distributed.barrier()

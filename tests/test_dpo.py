@@ -1,6 +1,11 @@
 """dpo.py and the LoRA files of checkpoint.py."""
 
+import inspect
+import itertools
 import json
+import os
+import re
+import signal
 
 import numpy as np
 import pytest
@@ -9,9 +14,17 @@ from PIL import Image
 from torch import nn
 
 import checkpoint
+import data
+import distributed
 import dpo
+import evaluate
+import optim
+import pipeline
+import runs
 from checkpoint import DiffusersLayout, apply_lora, load_bundle, read_lora
+from flow import formulation
 from mmdit import MMDiT
+from sample import from_uint8
 
 SIZES = dict(depth=2, in_channels=4, context_dim=32, pooled_dim=20, pos_embed_max_size=8, base_size=2, dual_attention_blocks=(0,))
 
@@ -150,3 +163,267 @@ def test_lora_flag(cli, refused, tiny, tmp_path):
     off = lambda a, b: abs(pictures[a] - pictures[b]).max()
     assert off("none", "zero") == 0 and off("a", "halves") <= 1 and off("none", "a") > 1 and off("none", "b") > 1      # grey levels
     assert "absent.safetensors is not there" in refused("sample.py", "--prompt", "x", "--weights", tiny, "--out", tmp_path / "out.png", "--lora", "absent.safetensors:0.8")
+
+
+# ---- the loss
+
+FORM = formulation("rf/lognorm(0.00,1.00)")
+
+
+def pairs_of(n=4, dtype=torch.float32):
+    g = torch.Generator().manual_seed(2)
+    chosen, rejected, context, pooled, eps = (torch.randn(shape, generator=g, dtype=dtype) for shape in ((n, 4, 8, 4), (n, 4, 8, 4), (n, 5, 32), (n, 20), (n, 4, 8, 4)))
+    return (chosen, rejected, context, pooled), dict(t=torch.rand(n, generator=g), eps=eps)
+
+
+def reference_of(model):
+    def reference(*inputs):
+        with dpo.without_lora(model):
+            return model(*inputs)
+    return reference
+
+
+def test_lora_off_is_the_base_to_the_bit():
+    model, plain = adapted(), mmdit()
+    with dpo.without_lora(model):
+        assert output(model).equal(output(plain))
+    assert not output(model).equal(output(plain))
+
+
+def test_dpo_starts_at_log_2_with_gradients_in_the_lora_alone():
+    model = dpo.add_lora(mmdit(), 3)
+    columns, drawn = pairs_of()
+    loss = dpo.dpo_loss(model, reference_of(model), FORM, *columns, 5000.0, **drawn)
+    assert loss.shape == (4,) and loss.equal(torch.full((4,), np.log(2), dtype=torch.float32))
+    assert dpo.logged(*dpo.preference(model, reference_of(model), FORM, *columns, 5000.0, **drawn)) == {"accuracy": 0.5, "margin": 0.0, "drift": 0.0}
+    loss.mean().backward()
+    moved = {name.rsplit(".", 1)[1] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {"lora_B"}                                                    # A's gradient is B's transposed times something, and B is zero
+    assert all(p.grad is None for name, p in model.named_parameters() if "lora" not in name)
+
+
+def test_dpo_loss_is_the_formula_of_app_c():
+    """By hand, from the velocities of two different models; the same t and eps for both pictures."""
+    (chosen, rejected, context, pooled), drawn = pairs_of()
+    model, plain, beta = adapted(), mmdit(), 30.0
+    t = drawn["t"].view(-1, 1, 1, 1)
+
+    def error(network, x0):
+        with torch.no_grad():
+            v = network((1 - t) * x0 + t * drawn["eps"], drawn["t"], context, pooled)
+        return (v - (drawn["eps"] - x0)).square().mean((1, 2, 3))
+    inside = -beta / 2 * (error(model, chosen) - error(plain, chosen) - (error(model, rejected) - error(plain, rejected)))
+    found = dpo.dpo_loss(model, plain, FORM, chosen, rejected, context, pooled, beta, **drawn)
+    assert torch.allclose(found, -torch.log(torch.sigmoid(inside)), atol=1e-5)
+    swapped = dpo.preference(model, plain, FORM, rejected, chosen, context, pooled, beta, **drawn)[0]
+    assert torch.allclose(swapped, -inside, atol=1e-4)
+    one, two = (dpo.dpo_loss(model, plain, FORM, chosen, rejected, context, pooled, beta, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert one.equal(two) and not one.equal(found)
+
+
+def test_the_gradient_of_dpo_loss_by_finite_differences():
+    model = adapted().double()
+    columns, drawn = pairs_of(2, torch.float64)
+    weight = model.joint_blocks[1]["x_block"].attn.qkv.lora_A
+
+    def loss():
+        return dpo.dpo_loss(model, reference_of(model), FORM, *columns, 30.0, **drawn).mean()
+    (gradient,) = torch.autograd.grad(loss(), weight)
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = []
+    for step in (1e-3, -1e-3):
+        with torch.no_grad():
+            weight.add_(direction, alpha=step)
+            values.append(loss().item())
+            weight.add_(direction, alpha=-step)
+    assert (values[0] - values[1]) / 2e-3 == pytest.approx((gradient * direction).sum().item(), rel=2e-3)       # outputs are float32
+
+
+def test_merged_is_unmerged_to_1e_6():
+    model = adapted().double()
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in ((2, 4, 8, 4), (2,), (2, 5, 32), (2, 20))]
+    with torch.no_grad():
+        before = model(*inputs)
+        assert (dpo.merge_lora(model)(*inputs) - before).abs().max() < 1e-6
+
+
+# ---- dpo.py train
+
+@pytest.fixture
+def preferences(tmp_path):
+    """A folder of 12 preferences: any dark picture over any bright one."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    with open(folder / "metadata.jsonl", "w") as file:
+        for i in range(12):
+            for name, low in (("good", 0), ("bad", 150)):
+                Image.fromarray(rng.integers(low, low + 100, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}-{name}.png")
+            file.write(json.dumps({"prompt": f"picture {i}", "chosen": f"{i}-good.png", "rejected": f"{i}-bad.png"}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def align(tiny, preferences, tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    monkeypatch.setattr(dpo, "generate", lambda bundle, prompts, **settings: torch.zeros(len(prompts), 16, 16, 3, dtype=torch.uint8))
+
+    def run(name, **settings):
+        torch.set_num_threads(1)
+        cfg = dpo.DPOConfig(weights=str(tiny), pairs=str(preferences), out=str(tmp_path / name), rank=2, lr=0.02, warmup=1, batch_size=4, chunk=12, workers=0, log_every=1,
+                            precision="fp32", **settings)
+        dpo.train.begin(cfg, dpo.run_dpo)
+        return tmp_path / name, [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    return run
+
+
+def test_training_starts_at_log_2_and_raises_the_margin(align, tiny):
+    out, rows = align("dpo", steps=40, beta=500.0, eval_every=100)
+    steps = [row for row in rows if "loss" in row]
+    assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-6) and steps[0]["accuracy"] == 0.5 and steps[0]["drift"] == 0
+    last = next(row for row in rows if "val_loss" in row)
+    assert last["val_loss"] < 0.6 and last["val_margin"] > 0.1 and last["val_accuracy"] > 0.7 and last["val_drift"] > 0
+    base, aligned = load_bundle(tiny), load_bundle(out)
+    with_lora = load_bundle(tiny, loras=[(out / "lora.safetensors", 1.0)])
+    inputs = [torch.randn(shape) for shape in ((2, 4, 4, 4), (2,), (2, 40, 32), (2, 20))]
+    with torch.no_grad():
+        outs = [bundle.mmdit(*inputs) for bundle in (base, aligned, with_lora)]
+    assert torch.allclose(outs[1], outs[2], atol=2e-2) and (outs[0] - outs[1]).abs().max() > 0.1      # the merged weights are stored in half precision
+
+
+def test_a_resumed_alignment_ends_as_an_undisturbed_one(align, tmp_path, monkeypatch, tiny):
+    a, _ = align("a", steps=6)
+    calls, real = itertools.count(1), dpo.logged
+
+    def interrupted(*arguments):
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped at step 3"):
+        patch.setattr(dpo, "logged", interrupted)
+        align("b", steps=6)
+    saved = checkpoint.load_checkpoint(tmp_path / "b" / "dpo-0000003.ckpt")
+    assert not [name for name in saved["model"] if "lora" not in name and name != "pos_embed"]       # the base is in no checkpoint
+    with pytest.raises(ValueError, match="--resume goes on with it"):
+        align("b", steps=6)
+    with pytest.raises(ValueError, match="was begun with --alpha 0.0, not 3.0"):
+        align("b", steps=6, resume=True, alpha=3.0)
+    b, _ = align("b", steps=6, resume=True)
+    ones, twos = (checkpoint.read_safetensors(folder / "lora.safetensors")[0] for folder in (a, b))
+    assert ones.keys() == twos.keys() and all(ones[k].equal(twos[k]) for k in ones)
+
+
+def test_preferences_as_latents_are_those_of_the_pictures(align, preferences, tiny, tmp_path):
+    """Computed ahead by data.py, or as .npy files."""
+    _, rows = align("pictures", steps=2)
+    pipeline.precompute(data.PrecomputeConfig(data=f"pairs:{preferences}", weights=str(tiny), out=str(tmp_path / "latents"), resolution=32, workers=0))
+    bundle, folder = load_bundle(tiny), tmp_path / "npy"
+    folder.mkdir()
+    for path in preferences.glob("*.png"):
+        image = from_uint8(torch.from_numpy(np.array(Image.open(path)))[None])
+        number, kind = path.stem.split("-")
+        np.save(folder / f"{number}.{'chosen' if kind == 'good' else 'rejected'}.npy", bundle.vae.to_latents(image, sample=False)[0].detach().numpy())
+        (folder / f"{number}.txt").write_text(f"picture {number}")
+    for name in ("latents", "npy"):
+        pairs = data.open_data(f"latents:{tmp_path}/latents" if name == "latents" else f"pairs:{folder}", 32, 32)
+        assert len(pairs) == 12 and pairs[0].image.shape == (8, 4, 4)
+        first = {pairs.captions(i)[0]: pairs[i].image for i in range(12)}
+        pictures = data.open_data(f"pairs:{preferences}", 32, 32)
+        for i in range(12):
+            image = pipeline.to_tensor([pictures[i]])
+            expected = bundle.vae.to_latents(image.unflatten(1, (2, 3))[0], sample=False).flatten(0, 1)
+            assert torch.allclose(torch.from_numpy(np.array(first[pictures.captions(i)[0]])), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", dpo.FLAGS)
+def test_every_flag_of_train_is_used(name):
+    source = "".join(map(inspect.getsource, (pipeline, optim, distributed, runs, dpo, dpo.train.fit, dpo.train.gradients, dpo.train.begin, dpo.train.carry_out)))
+    assert re.search(rf"\bcfg\.{name}\b", source), f"--{name} is accepted and dropped"
+
+
+# ---- dpo.py make-pairs
+
+def test_a_better_picture_of_shapes_scores_more():
+    a, b = data.Thing("red", 0.5, 1.5, "circle"), data.Thing("blue", 2.5, 1.5, "square")
+    task = evaluate.Task("color attribution", "a red circle and a blue square", (a, b))
+    right, wrong_color = data.Scene("white", (a, b)), data.Scene("white", (a, data.replace(b, color=a.color)))
+    scenes = [right, wrong_color, data.Scene("white", (a,)), data.Scene("white", ())]
+    pictures = [data.render(scene) for scene in scenes]
+    scores = [dpo.shapes_score(task, picture) for picture in pictures]
+    assert scores == sorted(scores, reverse=True) and scores[0] > 1.4 > 0.6 > scores[1] > scores[2] > scores[3]
+    blurred = np.asarray(Image.fromarray(pictures[0]).resize((32, 32)).resize((64, 64), Image.Resampling.BILINEAR))
+    assert dpo.shapes_score(task, blurred) < scores[0]
+    sign = evaluate.Task("typography", "a sign that says cab", (data.Thing("", 0, 0, word="cab"),))
+    cab, cob, xyz = (dpo.shapes_score(sign, data.render(data.Scene("white", (data.Thing("red", 2, 2.5, word=word),)))) for word in ("cab", "cob", "xyz"))
+    assert cab > cob > xyz
+
+
+def test_ranking():
+    assert dpo.ranked([1, 5, 3, 4, 0, 3], 9, 0.5) == [(1, 4), (3, 0)]
+    assert dpo.ranked([1, 5, 3, 4, 0, 3], 1, 0.5) == [(1, 4)] and dpo.ranked([1, 1.01], 1, 0.05) == [] and dpo.ranked([], 1, 0.05) == []
+
+
+def drawing(bundle, prompts, seed=0, **settings):
+    """Stands for `generate`: another noise for each seed."""
+    return torch.randint(0, 256, (len(prompts), 32, 32, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def test_make_pairs_by_a_program_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(dpo, "is_shapes", lambda config: True)
+    monkeypatch.setattr(dpo, "generate", lambda *a, **k: calls.append(k["seed"]) or drawing(*a, **k))
+    scores = iter([[0.1, 0.9, 0.5], [0.5, 0.5, 0.5], [0.9, 0.2, 0.1]])
+    monkeypatch.setattr(dpo, "scores_of", lambda *a: next(scores))
+    cfg = dpo.PairsConfig(weights=str(tiny), out=str(tmp_path / "pairs"), prompts=3, samples=3)
+    dpo.make_pairs(cfg)
+    rows = [json.loads(line) for line in (tmp_path / "pairs" / "metadata.jsonl").read_text().splitlines()]
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [("00000-1.png", "00000-0.png"), ("00002-0.png", "00002-2.png")]
+    assert len({*calls}) == 3 and min(calls) > 1_000_000 and "2 pairs of 3 prompts" in capsys.readouterr().out
+    pairs = data.open_data(f"pairs:{tmp_path}/pairs", 32, 32)
+    assert len(pairs) == 2 and pairs[0].image.shape == (32, 32, 6)
+    chosen = np.asarray(Image.open(tmp_path / "pairs" / "00000-1.png"))
+    assert (pairs[0].image[:, :, :3] == chosen).all()
+    judged = (tmp_path / "pairs" / "judged.jsonl").read_text().splitlines(True)
+    (tmp_path / "pairs" / "judged.jsonl").write_text("".join(judged[:2]))
+    scores = iter([[0.9, 0.2, 0.1]])
+    dpo.make_pairs(cfg)
+    assert len(calls) == 4 and calls[3] == calls[2] and (tmp_path / "pairs" / "judged.jsonl").read_text().splitlines(True) == judged
+    with pytest.raises(ValueError, match="was begun with other settings"):
+        dpo.make_pairs(dpo.replace(cfg, samples=4))
+
+
+def test_make_pairs_by_a_person(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dpo, "generate", drawing)
+    (tmp_path / "prompts.txt").write_text("a fox\n\na hen\na cow\n")
+    out = tmp_path / "pairs"
+    cfg = dpo.PairsConfig(weights=str(tiny), out=str(out), prompts_file=str(tmp_path / "prompts.txt"), judge="person", samples=4)
+    dpo.make_pairs(cfg)
+    assert "fill in choices.txt" in capsys.readouterr().out and Image.open(out / "sheet-00000.png").size == (4 * 36, 3 * 64)
+    text = (out / "choices.txt").read_text()
+    assert "00001 - - a hen" in text
+    with pytest.raises(ValueError, match="no line is filled in yet"):
+        dpo.make_pairs(cfg)
+    for wrong in ("00001 4 0 a hen", "00001 2 2 a hen", "00009 1 2", "00001 two 1"):
+        (out / "choices.txt").write_text(wrong)
+        with pytest.raises(ValueError, match="choices.txt line 1 is not"):
+            dpo.make_pairs(cfg)
+    (out / "choices.txt").write_text(text.replace("00001 - -", "00001 3 0"))
+    dpo.make_pairs(cfg)
+    assert json.loads((out / "metadata.jsonl").read_text()) == {"prompt": "a hen", "chosen": "00001-3.png", "rejected": "00001-0.png"}
+
+
+@pytest.mark.parametrize("arguments, reason", [
+    (["trian"], "unknown command 'trian'; known: train, make-pairs"),
+    (["train"], "--pairs is missing"),
+    (["train", "--pairs", "absent"], "absent holds no prompt with two pictures"),
+    (["train", "--pairs", "p.jsonl"], "p.jsonl line 1 is no JSON object with prompt, chosen, rejected"),
+    (["train", "--pairs", "p.jsonl", "--rank", "0"], "--rank is 0; the least is 1"),
+    (["train", "--pairs", "p.jsonl", "--depth", "4"], "unknown flag --depth"),
+    (["make-pairs", "--samples", "1"], "--samples is 1; the least is 2"),
+    (["make-pairs"], "is of no `shapes`"),
+    (["make-pairs", "--judge", "detector", "--prompts-file", "p.jsonl"], "--judge detector knows what prompts of `shapes` want")])
+def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, monkeypatch, arguments, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    assert reason in refused("dpo.py", *arguments, *["--weights", tiny] * (arguments != ["trian"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
