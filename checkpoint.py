@@ -582,8 +582,8 @@ def check_fit(parts):
     clips = [widths[name] for name in ("clip_l", "clip_g") if name in widths]
     if len(clips) == 2 and sum(clips) != mmdit["pooled_dim"] or sum(clips) > mmdit["pooled_dim"] or widths.get("t5", mmdit["context_dim"]) != mmdit["context_dim"]:
         raise ValueError(f"the MM-DiT takes {mmdit['pooled_dim']} channels of CLIP's and {mmdit['context_dim']} of T5's, the encoders have {widths}")
-    if "vae" in parts and (latents := parts["vae"].config["latent_channels"]) != mmdit["in_channels"]:
-        raise ValueError(f"the MM-DiT takes latents of {mmdit['in_channels']} channels, the autoencoder makes {latents}")
+    if "vae" in parts and (latents := parts["vae"].config["latent_channels"]) != (made := mmdit["out_channels"] or mmdit["in_channels"]):
+        raise ValueError(f"the MM-DiT makes latents of {made} channels, the autoencoder {latents}")
 
 
 def save_bundle(bundle, path):

@@ -5,6 +5,7 @@
     python evaluate.py --weights runs/mine --prompts 20 --level free
 """
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import nn
 import checkpoint
 import data
 from config import flag, one_line_errors, parse_config
+from flow import shift
 from sample import from_uint8, generate, grid, save_png, to_uint8
 from text_encoders import CLIPLayer
 from vae import psnr
@@ -88,10 +90,10 @@ def frechet_distance(a, b):
 
 
 @torch.no_grad()
-def validation_loss(network, formulation, latents, context, pooled, levels=8, seed=0):
-    """One loss a level, at t equally spaced in (0, 1]; the paper averages over all but the last, t = 1. The noise depends on the seed alone."""
+def validation_loss(network, formulation, latents, context, pooled, levels=8, seed=0, alpha=1.0):
+    """One loss a level, at t equally spaced in (0, 1], then shifted by alpha (Eq. 23); the paper averages over all but the last, t = 1. The noise depends on the seed alone."""
     generator, losses = torch.Generator().manual_seed(seed), []
-    for t in torch.linspace(0, 1, levels + 1)[1:]:
+    for t in shift(torch.linspace(0, 1, levels + 1)[1:], alpha):
         eps = torch.randn(latents.shape, generator=generator)
         t = t.clamp(formulation.t_min, formulation.t_max).expand(len(latents))
         loss = formulation.loss(lambda z, s: network(z, s, context, pooled), latents, t=t, eps=eps)
@@ -127,12 +129,14 @@ def detect(image):
     return list(data.BACKGROUNDS)[nearest(ground, GROUNDS)[0]], things
 
 
-def shows(scene, background, things, tolerance=0.2):
-    """Are background and things just those of the scene: attributes, words, sizes and places (to `tolerance` cells)?"""
+def shows(scene, background, things, tolerance=0.2, loose=()):
+    """Are background and things just those of the scene: attributes, words, sizes and places (to `tolerance` cells, but for `loose` things, whose ninth of the picture counts)?"""
+    def there(t, w):
+        return data.where(t, scene) == data.where(w, scene) if w in loose else abs(t.x - w.x) < tolerance and abs(t.y - w.y) < tolerance
+
     left = list(things)
     for w in scene.things:
-        fits = [t for t in left if (t.shape, t.color, t.word) == (w.shape, w.color, w.word) and w.size in (t.size, "medium")
-                and abs(t.x - w.x) < tolerance and abs(t.y - w.y) < tolerance]
+        fits = [t for t in left if (t.shape, t.color, t.word) == (w.shape, w.color, w.word) and w.size in (t.size, "medium") and there(t, w)]
         if not fits:
             return False
         left.remove(fits[0])
@@ -371,6 +375,39 @@ def typography(bundle, n, seed=0, unseen=False, **settings):
         right += sum(a == b for a, b in zip(word, read))
         total += len(word)
     return {"letters": right / total, "words": float(np.mean([exact for *_, (exact, _) in results]))}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Edits of held-out scenes (App. D)
+
+def edit_right(kind, before, after, background, things):
+    """Does a picture show the edited scene: what was touched as the instruction says, all else where and as it was?"""
+    touched = [t for t in after.things if t not in before.things]
+    return shows(after, background, things, loose=touched if kind in ("add", "move") else ())
+
+
+def edits(bundle, n, level="lattice", seed=0, batch_size=64, **settings):
+    """({kind of edit: share that is right, 'edits': their mean}, [(instruction, picture, its edit, right), ...]) over n held-out edits a kind."""
+    side = bundle.config["resolution"]
+    world = data.ShapeEdits(level, side, side, split="val", seed=seed)
+    left, todo = dict.fromkeys(data.EDITS, n), []
+    for i in itertools.count():
+        before, kind, instruction, after = world.edit(i)
+        if left[kind]:
+            left[kind] -= 1
+            todo.append((before, kind, instruction, after))
+        if not any(left.values()):
+            break
+    results, right = [], {kind: [] for kind in data.EDITS}
+    for start in range(0, len(todo), batch_size):
+        part = todo[start:start + batch_size]
+        pictures = torch.from_numpy(np.stack([data.render(before, side, side) for before, *_ in part]))
+        images = generate(bundle, [instruction for _, _, instruction, _ in part], seed=seed * 100_000 + start, edit=from_uint8(pictures), **settings)
+        for (before, kind, instruction, after), picture, image in zip(part, pictures, images):
+            right[kind].append(edit_right(kind, before, after, *detect(image.numpy())))
+            results.append((instruction, picture, image, right[kind][-1]))
+    scores = {kind: float(np.mean(values)) for kind, values in right.items()}
+    return {**scores, "edits": float(np.mean(list(scores.values())))}, results
 
 
 # ---------------------------------------------------------------------------------------------------------------

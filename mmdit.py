@@ -311,3 +311,31 @@ class MMDiT(nn.Module):
         m = modulations[-1] if known else self.final_layer.adaLN_modulation(modulations)
         x = self.final_layer(xs[-1][:, -h * w:], m)                           # (B, N, p * p * C)
         return x.unflatten(2, (p, p, -1)).unflatten(1, (h, w)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)       # (B, C, h, w)
+
+
+# ---------------------------------------------------------------- from one MM-DiT to another
+
+def grown(state, model):
+    """The weights `state` of an MM-DiT as those of `model`, which may have another position grid, QK-norm in addition (Sec. 5.3.2), or more input channels (App. D: they begin with zero
+    weights, so the function is kept). What else differs is left as it is, for the loader to refuse."""
+    own = model.state_dict()
+    added = {name: value for name, value in own.items() if name.endswith(('.ln_q.weight', '.ln_k.weight')) and name not in state}
+    state = {**state, **added, 'pos_embed': own['pos_embed']}
+    weight, wanted = state['x_embedder.proj.weight'], own['x_embedder.proj.weight'].shape[1]
+    if weight.shape[1] < wanted:
+        state['x_embedder.proj.weight'] = F.pad(weight, (0, 0, 0, 0, 0, wanted - weight.shape[1]))
+    return state
+
+
+@torch.no_grad()
+def fit_qk_norms(model, *inputs):
+    """Set the scales of the QK-norms to what changes q and k least, by least squares on one batch of forward's inputs: a model pretrained without them then starts near its function."""
+    def fit(norm, heads):
+        (x,) = heads                                                          # (B, N, H, 64)
+        unit = F.rms_norm(x, norm.normalized_shape, eps=norm.eps)
+        norm.weight.copy_((x * unit).sum((0, 1, 2)) / unit.square().sum((0, 1, 2)).clamp(min=1e-12))
+
+    hooks = [norm.register_forward_pre_hook(fit) for norm in model.modules() if isinstance(norm, RMSNorm)]      # each sees what those before it, already set, let through
+    model(*inputs)
+    for hook in hooks:
+        hook.remove()

@@ -4,6 +4,7 @@
     python sample.py --prompt "three green stars" --num 16 --out stars.png
     python sample.py --prompts-file prompts.txt --weights runs/mine --steps 50 --cfg 3 --trajectory steps.gif
     python sample.py --prompt "a red star" --init-image out.png --strength 0.7 --mask hole.png
+    python sample.py --prompt "make the circle blue" --edit-image out.png --weights runs/edit
     python sample.py --prompt "a fox in the snow" --weights sd3_medium_incl_clips_t5xxlfp8.safetensors --tokenizers DIR --dtype bf16 --offload
 
 `generate()` is what train.py, evaluate.py and the experiments use.
@@ -41,6 +42,8 @@ class SampleConfig:
     num: int = flag(1, "pictures a prompt", "picture")
     init_image: str = flag("", "picture to start from; its size is the default of --width and --height", "picture")
     strength: float = flag(0.6, "how much of --init-image is drawn anew, from 0 (nothing) to 1 (all)", "picture")
+    edit_image: str = flag("", "picture to edit, the prompt being the instruction (App. D); for a model of train.py --stage edit; its size as of --init-image", "picture")
+    image_cfg: float = flag(-1.0, "guidance scale towards --edit-image, 1 is none; --cfg is then that of the instruction; -1: the bundle's", "sampling")
     mask: str = flag("", "picture that is white where --init-image is to be redrawn, black where it stays", "picture")
     out: str = flag("out.png", "file to write; several pictures make a grid", "picture")
     zoom: int = flag(1, "enlarge each pixel of the file to zoom x zoom", "picture")
@@ -65,7 +68,7 @@ from tqdm import tqdm
 
 import checkpoint
 from flow import formulation
-from samplers import SAMPLERS, guided, keeping, parts, start_from, timesteps
+from samplers import SAMPLERS, guided, guided_edit, keeping, parts, start_from, timesteps
 
 MAX_PROMPT, MAX_SIDE = 2000, 4096
 MAX_ROWS = 2048  # times x samples whose modulations are made ahead of sampling: 0.1 GB for the miniature
@@ -106,8 +109,14 @@ def check_device(name):
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def guided_velocity(bundle, prompts, cfg, negative_prompt="", encoders=("clip_l", "clip_g", "t5"), ts=()):
-    """velocity(z, t) of the bundle's MM-DiT for the prompts under guidance, text and no text in one batch.
+def latent_channels(mmdit):
+    """(channels of the latents that it makes, those of the picture to edit that it is shown beside them)."""
+    made = mmdit.final_layer.linear.out_features // mmdit.patch_size ** 2
+    return made, mmdit.x_embedder.proj.in_channels - made
+
+
+def guided_velocity(bundle, prompts, cfg, negative_prompt="", encoders=("clip_l", "clip_g", "t5"), ts=(), source=None, image_cfg=1.0):
+    """velocity(z, t) of the bundle's MM-DiT for the prompts under guidance, text and no text in one batch. source (B, C, h, w): latents of pictures to edit.
 
     No text is what it was in training: zeros (Sec. 5.1) or, for released weights, the empty prompt. What the latents do not change is done once:
     the text's embedding and, of the times `ts` that are known before, all modulations in one product."""
@@ -119,7 +128,11 @@ def guided_velocity(bundle, prompts, cfg, negative_prompt="", encoders=("clip_l"
     if from_text:
         context, pooled, null_context, null_pooled = context[:-1], pooled[:-1], context[-1:].expand_as(context[:-1]), pooled[-1:].expand_as(pooled[:-1])
 
-    def field(context, pooled):
+    extra = latent_channels(bundle.mmdit)[1]
+    if source is not None and not extra:
+        raise ValueError("this MM-DiT draws and does not edit: --edit-image is for one that `python train.py --stage edit` made")
+
+    def field(context, pooled, source=None):
         text, n = bundle.mmdit.context_embedder(context), len(pooled)
         early = torch.as_tensor(ts if len(ts) * n <= MAX_ROWS else (), device=like.device)
         table = bundle.mmdit.modulations(early.repeat_interleave(n), pooled.repeat(len(early), 1))
@@ -127,37 +140,47 @@ def guided_velocity(bundle, prompts, cfg, negative_prompt="", encoders=("clip_l"
 
         def velocity(z, t):
             modulations = known.get(float(t[0])) or bundle.mmdit.modulations(t, pooled)
-            return form.velocity(bundle.mmdit.denoise(form.input(z, t).to(like.dtype), text, modulations).float(), z, t)
+            shown = form.input(z, t)
+            if extra:
+                shown = torch.cat([shown, z.new_zeros(len(z), extra, *z.shape[2:]) if source is None else source], 1)      # zeros: no picture, as in training
+            return form.velocity(bundle.mmdit.denoise(shown.to(like.dtype), text, modulations).float(), z, t)
         return velocity
 
+    if source is not None and not cfg == image_cfg == 1:
+        texts, pools = torch.cat([context, null_context, null_context]), torch.cat([pooled, null_pooled, null_pooled])
+        return guided_edit(field(texts, pools, torch.cat([source, source, torch.zeros_like(source)])), image_cfg, cfg)
     if cfg == 1:
-        return field(context, pooled)
+        return field(context, pooled, source)
     return guided(None, None, cfg, joint=field(torch.cat([context, null_context]), torch.cat([pooled, null_pooled])))
 
 
 def initial_noise(bundle, n, seed, width, height):
     """(n, C, height / 8, width / 8), row i from the seed + i alone."""
-    size = 1, bundle.mmdit.x_embedder.proj.in_channels, height // 8, width // 8
+    size = 1, latent_channels(bundle.mmdit)[0], height // 8, width // 8
     noise = torch.cat([torch.randn(size, generator=torch.Generator().manual_seed(seed + i)) for i in range(n)])
     return noise.to(next(bundle.mmdit.parameters()).device)
 
 
 @torch.inference_mode()
 def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, sampler="", seed=0, width=None, height=None,
-             encoders=("clip_l", "clip_g", "t5"), callback=None, init=None, strength=0.6, mask=None):
+             encoders=("clip_l", "clip_g", "t5"), callback=None, init=None, strength=0.6, mask=None, edit=None, image_cfg=-1.0):
     """One picture a prompt: uint8 (B, H, W, 3) on the CPU. What is None, 0, -1 or empty is as the bundle's config says; a side of 0 is refused.
 
     Picture i starts from noise of seed + i, so it does not depend on the others. `callback(i, t, images)` is given the data
     estimate, decoded, before each step; it costs a decoding each time. init, an image (3, H, W) in [-1, 1], is the picture to start from: noised to
-    t = strength, and redrawn from there on. mask (H, W): 1 where that may be, 0 where every pixel stays."""
+    t = strength, and redrawn from there on. mask (H, W): 1 where that may be, 0 where every pixel stays. edit, images (B, 3, H, W) in [-1, 1]: the pictures
+    that the prompts, then instructions, are to change; cfg is the instructions' guidance, image_cfg the pictures'."""
     defaults = bundle.config
     steps, shift, sampler = steps or defaults["steps"], shift or defaults["shift"], sampler or defaults["sampler"]
     cfg = defaults["cfg"] if cfg < 0 else cfg
+    image_cfg = defaults.get("image_cfg", 1.0) if image_cfg < 0 else image_cfg
     width, height = (defaults["resolution"] if side is None else side for side in (width, height))
     check_size(width, height)
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
     check_init(init, mask, strength, width, height)
+    if edit is not None and edit.shape != (len(prompts), 3, height, width):
+        raise ValueError(f"the pictures to edit are {tuple(edit.shape)}, they must be {(len(prompts), 3, height, width)} for {len(prompts)} prompts and {width} x {height} pixels")
     if abs(seed) > 2 ** 62:
         raise ValueError(f"seed is {seed}; at most 2^62 is taken")
     if not 1 <= steps <= 1000 or not 0 < shift <= 100:
@@ -165,7 +188,8 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
 
     form = formulation(defaults["formulation"])
     ts = timesteps(steps, shift, form.t_max, form.t_min, defaults.get("schedule", "uniform"))
-    velocity = guided_velocity(bundle, prompts, cfg, negative_prompt, encoders, ts)   # first: an encoder may be let go before the MM-DiT is loaded
+    source = None if edit is None else bundle.vae.to_latents(edit.to(bundle.device), sample=False)
+    velocity = guided_velocity(bundle, prompts, cfg, negative_prompt, encoders, ts, source, image_cfg)   # first: an encoder may be let go before the MM-DiT is loaded
     noise = initial_noise(bundle, len(prompts), seed, width, height)
     z = form.start(noise)
     if init is not None:
@@ -227,16 +251,18 @@ def open_picture(path):
 
 
 def read_init(cfg):
-    """What `generate` needs to know of --init-image, --mask, --width and --height."""
-    if not cfg.init_image:
-        if cfg.mask:
-            raise ValueError("--mask needs the --init-image that it belongs to")
+    """What `generate` needs to know of --init-image, --mask, --edit-image, --width and --height."""
+    if cfg.mask and not cfg.init_image:
+        raise ValueError("--mask needs the --init-image that it belongs to")
+    if cfg.init_image and cfg.edit_image:
+        raise ValueError("--init-image and --edit-image are two ways to start from a picture: give one of them")
+    if not cfg.init_image and not cfg.edit_image:
         return {"width": cfg.width, "height": cfg.height}
-    with open_picture(cfg.init_image) as image:
+    with open_picture(cfg.init_image or cfg.edit_image) as image:
         size = image.width if cfg.width is None else cfg.width, image.height if cfg.height is None else cfg.height
         check_size(*size)
         pixels = torch.from_numpy(np.array(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)))
-    given = {"width": size[0], "height": size[1], "init": from_uint8(pixels[None])[0]}
+    given = {"width": size[0], "height": size[1], "init" if cfg.init_image else "edit": from_uint8(pixels[None])[0]}
     if cfg.mask:
         with open_picture(cfg.mask) as image:
             given["mask"] = torch.from_numpy(np.array(image.convert("L").resize(size, Image.Resampling.NEAREST)) > 127).float()
@@ -280,6 +306,8 @@ def main():
         state = checkpoint.load_checkpoint(cfg.mmdit)
         bundle.part("mmdit").replace(state.get("ema", state) if isinstance(state, dict) else state, cfg.mmdit)
     wanted = [p for p in prompts for _ in range(cfg.num)]
+    if cfg.edit_image:
+        start["edit"] = start["edit"].expand(len(wanted), -1, -1, -1)
     frames = []
     steps = cfg.steps or bundle.config["steps"]
     with tqdm(total=steps, desc="sampling", unit="step", disable=not sys.stderr.isatty()) if cfg.trajectory else contextlib.nullcontext() as bar:
@@ -287,7 +315,8 @@ def main():
             frames.append(grid(images))
             bar.update()
         images = generate(bundle, wanted, cfg.negative_prompt, cfg.steps, cfg.cfg, cfg.shift, cfg.sampler, cfg.seed,
-                          encoders=tuple(filter(None, cfg.encoders.split(","))), callback=preview if cfg.trajectory else None, strength=cfg.strength, **start)
+                          encoders=tuple(filter(None, cfg.encoders.split(","))), callback=preview if cfg.trajectory else None, strength=cfg.strength,
+                          image_cfg=cfg.image_cfg, **start)
     picture = grid(images)
     larger = (picture.width * cfg.zoom, picture.height * cfg.zoom)
     used = {name: bundle.config[name] for name in ("steps", "cfg", "shift", "sampler") if getattr(cfg, name) == getattr(SampleConfig, name)}

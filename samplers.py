@@ -102,6 +102,16 @@ def guided(velocity, null_velocity, scale, interval=(0, 1), rescale=0.0, joint=N
     return field
 
 
+def guided_edit(joint, image_scale, text_scale):
+    """Guidance towards a picture and a text (App. D, after Brooks et al. 2023): v_0 + image_scale (v_image - v_0) + text_scale (v - v_image).
+
+    joint: one network call for all three, (3B, ...), (3B,) -> (3B, ...): shown the picture and the text, the picture alone, nothing."""
+    def field(z, t):
+        v, v_image, v_0 = joint(torch.cat([z] * 3), torch.cat([t] * 3)).chunk(3)
+        return v_0 + image_scale * (v_image - v_0) + text_scale * (v - v_image)
+    return field
+
+
 # ---- from the velocity to x_0 and eps -----------------------------------------------------------------------------------
 
 def parts(v, z, t, path=STRAIGHT):

@@ -3,6 +3,8 @@
     python train.py                                             # the miniature's MM-DiT on `shapes`, its encoders from weights/mini
     python train.py --stage all --out runs/mine                 # a whole SD3 from nothing: autoencoder, CLIPs, T5, MM-DiT
     python train.py --stage all --data folder:pictures --out runs/mine
+    python train.py --stage finetune --init-from runs/mine --resolution 128 --buckets --out runs/fine      # mixed aspect ratios (Sec. 5.3.2)
+    python train.py --stage edit --init-from runs/mine --out runs/edit                      # edits by instruction (App. D)
     python train.py --data latents:runs/latents                 # computed ahead by data.py precompute
     python train.py --stage pretrain --out runs/mine --resume   # go on where it stopped, to the bit
     torchrun --nproc_per_node 8 train.py --depth 24 --device cuda --grad-accum 2 [--sharding fsdp] --out runs/large
@@ -16,12 +18,13 @@ from dataclasses import dataclass, replace
 
 from config import flag, one_line_errors, parse_config
 
-STAGES = ("vae", "clip", "t5", "pretrain", "all")
+STAGES = ("vae", "clip", "t5", "pretrain", "finetune", "edit", "all")
 
 
 @dataclass
 class TrainConfig:
-    stage: str = flag("pretrain", "what to train; all: each in turn", "run", choices=STAGES)
+    stage: str = flag("pretrain", "what to train; all: each from vae to pretrain in turn; finetune (another --resolution), edit (by instruction): the MM-DiT of --init-from", "run",
+                      choices=STAGES)
     data: str = flag("shapes", "shapes[:LEVEL], folder:DIR, imagenet:DIR, fashion-mnist:DIR, tar:DIR/{00000..00099}.tar, latents:DIR", "run")
     out: str = flag("runs/miniature", "run folder", "run")
     weights: str = flag("weights/mini", "bundle whose frozen parts are used where the run folder has none", "run")
@@ -43,7 +46,7 @@ class TrainConfig:
     ema_every: int = flag(1, "steps between updates of the averaged weights", "optimization")
     max_bad_steps: int = flag(10, "steps skipped for a loss or gradient that is not finite, before the run ends", "optimization")
     depth: int = flag(4, "of the MM-DiT: width 64 depth, depth heads", "model")
-    qk_norm: bool = flag(True, "RMSNorm on Q and K", "model")
+    qk_norm: bool = flag(True, "RMSNorm on Q and K; finetune and edit add it to a model without", "model")
     weight_sets: int = flag(2, "sets of weights a block: 2 is the paper's, 1 a DiT, 3 for CLIP, T5 and image", "model")
     attention: str = flag("sdpa", "torch's or our fused attention", "model", choices=("sdpa", "fused"))
     latent_channels: int = flag(16, "of the autoencoder", "model")
@@ -51,8 +54,9 @@ class TrainConfig:
     clip_length: int = flag(16, "tokens a prompt for the CLIPs", "model")
     t5_length: int = flag(24, "tokens a prompt for T5", "model")
     formulation: str = flag("rf/lognorm(0.00,1.00)", "path, prediction and density of t (flow.py)", "flow")
-    shift: float = flag(2.0, "timestep shift alpha (Eq. 23), in training and sampling", "flow")
+    shift: float = flag(0.0, "timestep shift alpha (Eq. 23), in training and sampling; 0: 2, or for finetune and edit the start's times sqrt(m / n) for m pixels after n", "flow")
     text_dropout: float = flag(0.464, "probability with which each text encoder is left out (App. B.3)", "flow")
+    image_dropout: float = flag(0.1, "of stage edit: probability with which the picture to edit is left out", "flow")
     cfg: float = flag(4.0, "guidance scale of the sample grids, and the bundle's default", "flow")
     resolution: int = flag(64, "side of the pictures", "data", unit="pixels")
     filter: str = flag("", "which pictures, by columns of the metadata: \"aesthetic>5 and nsfw<0.2\"", "data")
@@ -83,7 +87,9 @@ class TrainConfig:
 DEFAULTS = {"vae": dict(steps=12000, batch_size=16, lr=1e-3, muon_lr=0.02),
             "clip": dict(steps=1200, batch_size=128, lr=1e-3, muon_lr=-1.0, grad_accum=1),
             "t5": dict(steps=1000, batch_size=64, lr=1e-3, muon_lr=0.01),
-            "pretrain": dict(steps=14000, batch_size=64, lr=1e-3, muon_lr=0.02)}
+            "pretrain": dict(steps=14000, batch_size=64, lr=1e-3, muon_lr=0.02, shift=2.0),
+            "finetune": dict(steps=4000, batch_size=64, lr=5e-4, muon_lr=0.01),
+            "edit": dict(steps=6000, batch_size=64, lr=5e-4, muon_lr=0.01)}
 
 if __name__ == "__main__":
     CONFIG = parse_config(TrainConfig, description=__doc__)  # before the heavy imports: --help answers at once
@@ -105,12 +111,12 @@ import checkpoint
 import distributed
 import evaluate
 from data import Latents, open_data
-from flow import formulation, shift
-from mmdit import MMDiT
+from flow import formulation, shift, shift_alpha
+from mmdit import MMDiT, fit_qk_norms, grown
 from optim import lr_factor, make_optimizers, update_average, whole
 from pipeline import autocast, batches, caption_batches, check_fingerprint, conditioned_batches, count, first, first_captions, precision, report_skipped
 from runs import Run, plot
-from sample import check_device, check_size, generate, grid, save_png, to_uint8
+from sample import check_device, check_size, generate, grid, latent_channels, save_png, to_uint8
 from text_encoders import (BPETokenizer, CLIPTextEncoder, T5Denoiser, T5Encoder, UnigramTokenizer, contrastive_loss,
                            span_corruption)
 from vae import AutoencoderKL, psnr, vae_loss
@@ -268,15 +274,17 @@ def mean_of(rows):
 
 def open_split(cfg, split, frozen_parts=False):
     """The run's data. The frozen parts are trained on squares and, of `shapes`, on every level, all of which they serve."""
-    spec = "shapes:all" if frozen_parts and cfg.data.startswith("shapes") else cfg.data
-    several = {} if frozen_parts else {"buckets": cfg.buckets, "upscale": cfg.upscale}
+    shapes = cfg.data.startswith("shapes")
+    spec = "shapes:all" if frozen_parts and shapes else cfg.data.replace("shapes", "shape-edits", 1) if cfg.stage == "edit" and shapes else cfg.data
+    several = {} if frozen_parts or shapes and split == "val" else {"buckets": cfg.buckets, "upscale": cfg.upscale}      # `shapes` are validated on squares
     return open_data(spec, cfg.resolution, cfg.resolution, split, cfg.seed, filter=cfg.filter, **several)
 
 
-def start_from(cfg, name, module):
-    """The weights of --init-from."""
+def start_from(cfg, name, module, changed=lambda state, module: state):
+    """The weights of --init-from, changed for the module."""
     if cfg.init_from:
-        checkpoint.load_strictly(module, checkpoint.load_checkpoint(Path(cfg.init_from) / f"{name}.pt"), cfg.init_from)
+        state = checkpoint.checked_state(checkpoint.load_checkpoint(Path(cfg.init_from) / f"{name}.pt"), cfg.init_from)
+        checkpoint.load_strictly(module, changed(state, module), cfg.init_from)
 
 
 def train_vae(cfg):
@@ -419,7 +427,50 @@ def train_t5(cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Stage pretrain: the MM-DiT (Sec. 4, 5.3), on what the frozen parts make of the data (App. E.1)
+# Stage pretrain: the MM-DiT (Sec. 4, 5.3), on what the frozen parts make of the data (App. E.1); finetune: at another resolution (Sec. 5.3.2); edit: App. D
+
+OF_THE_MMDIT, FROM_A_MODEL = ("pretrain", "finetune", "edit"), ("finetune", "edit")
+
+
+def inherited(cfg):
+    """What finetune and edit take from --init-from: the architecture, the frozen parts, the path; and its timestep shift, times Eq. 23's alpha for the new resolution."""
+    if not cfg.init_from:
+        raise ValueError(f"--stage {cfg.stage} needs --init-from RUN, the bundle whose MM-DiT it goes on from")
+    if Path(cfg.init_from).resolve() == Path(cfg.out).resolve():
+        raise ValueError(f"--out {cfg.out} is --init-from, which would be overwritten")
+    bundle = checkpoint.load_bundle(cfg.init_from)
+    start = bundle.config | {"depth": bundle.part("mmdit").config["depth"], "weight_sets": bundle.part("mmdit").config.get("weight_sets", 2)}
+    taken = {name: start[name] for name in ("depth", "weight_sets", "clip_length", "t5_length", "formulation")}
+    for name, value in taken.items():
+        if getattr(cfg, name) not in (value, getattr(TrainConfig, name)):
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, that of {cfg.init_from} is {value}: --stage {cfg.stage} cannot change it")
+    return replace(cfg, weights=cfg.init_from, shift=cfg.shift or start["shift"] * shift_alpha(cfg.resolution ** 2, start["resolution"] ** 2), **taken)
+
+
+def add_qk_norms(cfg, model, latents, context, pooled, form):
+    """To an MM-DiT that was trained without (Sec. 5.3.2): their scales are fitted to at most 64 validation samples."""
+    if not (cfg.stage in FROM_A_MODEL and cfg.qk_norm and not checkpoint.read_json(Path(cfg.init_from) / "mmdit.json").get("qk_norm", True)):
+        return
+    generator, channels = torch.Generator().manual_seed(cfg.seed), model.x_embedder.proj.in_channels
+    latents, context, pooled = (x[:64] for x in (latents, context, pooled))
+    t = shift(form.sample_t(len(latents), generator), cfg.shift)
+    made = latent_channels(model)[0]
+    z = form.interpolate(latents[:, :made], torch.randn(latents[:, :made].shape, generator=generator), t)
+    fit_qk_norms(model, torch.cat([form.input(z, t), latents[:, made:channels]], 1), t, context, pooled)
+
+
+def fixed_edits(cfg, bundle, held_out, channels):
+    """16 instructions for the sample grids, and the pictures (n, 3, H, W) in [-1, 1] that they are for."""
+    if isinstance(held_out, Latents):
+        items = [int(i) for i in held_out.groups[0][:16]]
+        images, texts = torch.stack([torch.tensor(held_out[i].image) for i in items]), [held_out.captions(i)[0] for i in items]
+    else:
+        images, texts, samples = first(held_out, 16, cfg)
+        if samples[0].image.dtype == np.uint8:
+            return texts, images[:, 3:]
+    with torch.no_grad():
+        return texts, bundle.vae.decode(images[:, channels:].to(cfg.device)).clamp(-1, 1)
+
 
 def fixed_prompts(cfg, held_out):
     """16 prompts for the sample grids."""
@@ -432,56 +483,76 @@ def fixed_prompts(cfg, held_out):
 def train_mmdit(cfg):
     dataset, held_out = open_split(cfg, "train"), open_split(cfg, "val")
     if isinstance(dataset, Latents):
-        check_fingerprint(dataset, [cfg.out, cfg.weights], cfg.clip_length, cfg.t5_length)
-    missing = [part for part in FROZEN if not any((Path(cfg.out) / f"{part}{end}").exists() for end in (".pt", "/"))]
+        check_fingerprint(dataset, [cfg.weights] if cfg.stage in FROM_A_MODEL else [cfg.out, cfg.weights], cfg.clip_length, cfg.t5_length)
+    missing = [part for part in FROZEN if cfg.stage in FROM_A_MODEL or not any((Path(cfg.out) / f"{part}{end}").exists() for end in (".pt", "/"))]
     clip_l = Path(cfg.weights if "clip_l" in missing else cfg.out) / "clip_l.json"
     if clip_l.exists() and cfg.clip_length > (most := checkpoint.read_json(clip_l)["length"]):
         raise ValueError(f"--clip-length is {cfg.clip_length}; the CLIPs of {clip_l.parent} have positions for {most}")
     if missing and not distributed.rank():
         checkpoint.copy_parts(cfg.weights, cfg.out, missing)
     config = {"clip_length": cfg.clip_length, "t5_length": cfg.t5_length, "resolution": cfg.resolution, "formulation": cfg.formulation,
-              "shift": cfg.shift, "steps": 28, "cfg": cfg.cfg, "sampler": "euler", "unconditional": "zeros", "data": cfg.data}
+              "shift": cfg.shift, "steps": 28, "cfg": cfg.cfg, "sampler": "euler", "unconditional": "zeros", "data": cfg.data, **({"image_cfg": 1.5} if cfg.stage == "edit" else {})}
     if not distributed.rank():
         checkpoint.write_json(Path(cfg.out) / "config.json", config)
     distributed.barrier()
     bundle = checkpoint.load_bundle(cfg.out, cfg.device)
     sizes, form = bundle.text.sizes, formulation(cfg.formulation)
     patches = cfg.resolution // 16
-    model_config = dict(depth=cfg.depth, in_channels=bundle.part("vae").config["latent_channels"], context_dim=sizes.t5, pooled_dim=sizes.clip_l + sizes.clip_g,
+    channels, pictures = bundle.part("vae").config["latent_channels"], 2 if cfg.stage == "edit" else 1      # App. D: the picture to edit lies beside the latents, on the channels
+    model_config = dict(depth=cfg.depth, in_channels=pictures * channels, context_dim=sizes.t5, pooled_dim=sizes.clip_l + sizes.clip_g,
                         pos_embed_max_size=4 * patches, base_size=patches, qk_norm=cfg.qk_norm, weight_sets=cfg.weight_sets,
-                        clip_length=cfg.clip_length)
+                        clip_length=cfg.clip_length, **({"out_channels": channels} if pictures > 1 else {}))
     torch.manual_seed(cfg.seed)
     model = MMDiT(**model_config, attention=cfg.attention)
-    start_from(cfg, "mmdit", model)
+    start_from(cfg, "mmdit", model, *[grown] * (cfg.stage in FROM_A_MODEL))
     model.checkpointing = cfg.checkpointing
     network = torch.compile(model) if cfg.compile else model
 
     def draw(batch, generator):
         kept = bundle.text.kept(cfg.batch_size, cfg.text_dropout, generator)
         t = shift(form.sample_t(cfg.batch_size, generator), cfg.shift)
-        noise = torch.randn(cfg.batch_size, *batch[0].shape[1:], generator=generator)
-        return *batch, *map(distributed.own, (kept, t, noise))
+        noise = torch.randn(cfg.batch_size, channels, *batch[0].shape[2:], generator=generator)
+        seen = torch.rand(cfg.batch_size, generator=generator) >= cfg.image_dropout      # drawn last: other stages' numbers are the same without
+        return *batch, *map(distributed.own, (kept, t, noise, seen))
+
+    def split(latents):
+        """-> those to make (B, C, h, w), and those of the picture to edit: (B, C, h, w), or (B, 0, h, w) in other stages."""
+        return latents.split([channels, (pictures - 1) * channels], 1)
 
     def loss_of(_, *columns):
-        latents, context, pooled, kept, t, noise = (x.to(cfg.device) for x in columns)
+        latents, context, pooled, kept, t, noise, seen = (x.to(cfg.device) for x in columns)
         context, pooled = bundle.text.drop(context, pooled, kept=kept)
+        latents, source = split(latents)
+        source = source * seen[:, None, None, None]
 
         def out(z, s):
-            return network(form.input(z, s), s, context, pooled).float()
+            return network(torch.cat([form.input(z, s), source], 1), s, context, pooled).float()
 
         losses = form.loss(out, latents, t=t, eps=noise)
         return losses.mean(), {"loss_bins": by_level(losses.detach(), t)}
 
     n = min(512, count(held_out))
     validation = next(conditioned_batches(held_out, bundle, replace(cfg, workers=0, batch_size=n, chunk=n)))
-    prompts = fixed_prompts(cfg, held_out)
+    if validation[0].shape[1] != pictures * channels:
+        raise ValueError(f"{cfg.data} has {validation[0].shape[1]} channels of latents a sample; --stage {cfg.stage} takes {pictures * channels}, of {pictures} picture(s)")
+    add_qk_norms(cfg, model, *validation, form)
+    prompts, shown = fixed_edits(cfg, bundle, held_out, channels) if cfg.stage == "edit" else (fixed_prompts(cfg, held_out), None)
+
+    def samples():
+        """Of edits, each beside its picture."""
+        if shown is None:
+            return generate(bundle, prompts)
+        return torch.stack([to_uint8(shown), generate(bundle, prompts, width=shown.shape[3], height=shown.shape[2], edit=shown)], 1).flatten(0, 1)
 
     def validate(model, step):
-        levels = evaluate.validation_loss(lambda z, t, *c: model(form.input(z, t), t, *c), form, *(x.to(cfg.device) for x in validation))
+        latents, *text = (x.to(cfg.device) for x in validation)
+        latents, source = split(latents)
+        alpha = cfg.shift if cfg.stage in FROM_A_MODEL else 1.0
+        levels = evaluate.validation_loss(lambda z, t, *c: model(torch.cat([form.input(z, t), source], 1), t, *c), form, latents, *text, alpha=alpha)
         bundle.mmdit = model
-        save_png(grid(generate(bundle, prompts)), Path(cfg.out) / f"grid-{step:07}.png", {"step": step, "prompts": "\n".join(prompts)})
+        save_png(grid(samples()), Path(cfg.out) / f"grid-{step:07}.png", {"step": step, "prompts": "\n".join(prompts)})
         checkpoint.save_part(cfg.out, "mmdit", model, model_config)
-        scores = evaluate.geneval(bundle, 10)[0] if cfg.data.startswith("shapes") else {}
+        scores = (evaluate.edits if cfg.stage == "edit" else evaluate.geneval)(bundle, 10)[0] if cfg.data.startswith("shapes") else {}
         return {"val_loss": float(np.mean(levels[:-1])), "val_levels": levels, **scores}
 
     fit(cfg, model, lambda start: conditioned_batches(dataset, bundle, cfg, start, *place()), draw, loss_of, validate)
@@ -494,7 +565,8 @@ def by_level(losses, t, bins=8):
 
 
 FROZEN = ("vae", "clip_l", "clip_g", "clip_image", "t5", "clip_tokenizer", "t5_tokenizer")
-TRAIN = {"vae": train_vae, "clip": train_clip, "t5": train_t5, "pretrain": train_mmdit}
+FROM_NOTHING = {"vae": train_vae, "clip": train_clip, "t5": train_t5, "pretrain": train_mmdit}     # in turn, stage all
+TRAIN = {**FROM_NOTHING, "finetune": train_mmdit, "edit": train_mmdit}
 
 
 def check(cfg):
@@ -508,8 +580,11 @@ def check(cfg):
     for name, value in least.items():
         if getattr(cfg, name) < value:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; the least is {value}")
-    if cfg.stage != "pretrain" and cfg.data.startswith("latents:"):
+    if cfg.stage not in OF_THE_MMDIT and cfg.data.startswith("latents:"):
         raise ValueError(f"--stage {cfg.stage} needs pictures; {cfg.data} is for pretrain")
+    kind = cfg.data.partition(":")[0]
+    if kind == "pairs" or kind not in ("shapes", "latents") and (kind in ("edits", "shape-edits")) != (cfg.stage == "edit"):
+        raise ValueError(f"--data {cfg.data} is not what --stage {cfg.stage} learns from: edits are for stage edit, which takes shapes[:LEVEL], edits:DIR, edits:FILE.jsonl, latents:DIR")
     if cfg.batch_size % (parts := distributed.world() * cfg.grad_accum):
         raise ValueError(f"--batch-size is {cfg.batch_size}: it cannot be split over {distributed.world()} processes and {cfg.grad_accum} micro-batches, {parts} parts")
     if cfg.stage == "clip" and cfg.grad_accum > 1:
@@ -538,9 +613,10 @@ def begin(cfg, train):
 
 def train(cfg):
     runs = []
-    for stage in TRAIN if cfg.stage == "all" else [cfg.stage]:
+    for stage in FROM_NOTHING if cfg.stage == "all" else [cfg.stage]:
         own = {k: v for k, v in DEFAULTS[stage].items() if not getattr(cfg, k) or (cfg.stage == "all" and stage != "pretrain")}
-        runs.append(Run(replace(cfg, stage=stage, **own)))
+        of_stage = replace(cfg, stage=stage, **own)
+        runs.append(Run(inherited(of_stage) if stage in FROM_A_MODEL else of_stage))
         check(runs[-1].cfg)
         runs[-1].refuse_to_overwrite()
     carry_out(runs, TRAIN)

@@ -402,3 +402,86 @@ def test_specs(tmp_path):
     assert open_data("shapes", 32, 16).levels == ("lattice",) and open_data("shapes:all").levels == LEVELS
     assert open_data("shapes:free", 32, 16)[3].image.shape == (16, 32, 3)
     assert isinstance(open_data(f"folder:{tmp_path}"), Folder)
+
+
+# ---- two pictures and a text: edits (App. D), preferences (App. C)
+
+def test_edits_change_what_they_say_and_nothing_else():
+    """Kind by kind; no pair and no word that training must not show."""
+    world = open_data("shape-edits:all", 96, 64)
+    kinds = Counter()
+    for i in range(300):
+        before, kind, instruction, after = world.edit(i)
+        kinds[kind] += 1
+        assert (before.background, before.columns, before.rows) == (after.background, after.columns, after.rows) == (before.background, 6, 4)
+        kept = [t for t in before.things if t in after.things]
+        gone, new = [t for t in before.things if t not in kept], [t for t in after.things if t not in kept]
+        assert bool(gone) == (kind != "add") and bool(new) == (kind != "remove") and len({(t.shape, t.color, t.word) for t in gone or new}) == 1
+        assert not any((t.shape, t.color) in HELD_OUT_PAIRS or t.word in HELD_OUT_WORDS for t in after.things)
+        differ = {name for a, b in zip(gone, new) for name in ("color", "shape", "x", "y", "word", "size") if getattr(a, name) != getattr(b, name)}
+        assert differ <= {"recolor": {"color"}, "replace": {"shape"}, "move": {"x", "y"}, "word": {"word"}}.get(kind, set())
+        words = instruction.split()
+        said = {"recolor": lambda: words[-1] == new[0].color, "replace": lambda: new[0].shape in instruction, "word": lambda: words[-1] == new[0].word,
+                "add": lambda: data.named(new[0]) in instruction and instruction.endswith(data.where(new[0], after)),
+                "move": lambda: instruction.endswith("to the " + data.where(new[0], after)), "remove": lambda: words[0] == "remove"}
+        assert said[kind](), instruction
+        for t in gone:                                                             # what is meant can be told from the others
+            alike = [o for o in before.things if o.shape == t.shape and (t.color not in words[:-1] or o.color == t.color)]
+            assert kind == "word" or {(o.shape, o.color) for o in alike} == {(t.shape, t.color)}, (instruction, before)
+    assert {*kinds} == {*data.EDITS}
+    sample = world[5]
+    before, _, instruction, after = world.edit(5)
+    assert sample.original == instruction == world.captions(5)[0] and sample.image.shape == (64, 96, 6)
+    assert (sample.image[:, :, :3] == data.render(after, 96, 64)).all() and (sample.image[:, :, 3:] == data.render(before, 96, 64)).all()
+
+
+def test_shapes_of_mixed_aspect_ratios():
+    """Every item of a group has its bucket's size, from 1:2 to 2:1, and every level in turn."""
+    world = open_data("shapes:all", 128, 128, buckets=True)
+    assert world.sizes == [(96, 176), (112, 144), (128, 128), (144, 112), (176, 96)]
+    for k, group in enumerate(world.groups):
+        assert len(group) == len(world)
+        for item in group[:2]:
+            assert world[item].image.shape == (*world.sizes[k][::-1], 3)
+        assert {world.level(item) for item in group[:4]} == {*LEVELS}
+
+
+@pytest.fixture
+def triples(tmp_path):
+    """Three edits as files side by side, whose first is twice as wide as high."""
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        for name in ("image", "edited"):
+            Image.fromarray(rng.integers(0, 256, (32, 64 if i == 0 else 32, 3), dtype=np.uint8)).save(tmp_path / f"{i}.{name}.png")
+        (tmp_path / f"{i}.txt").write_text(f"make it {i}\n")
+    return tmp_path
+
+
+def test_edits_in_a_folder_or_in_lines(triples):
+    folder = open_data(f"edits:{triples}", 32, 32)
+    assert len(folder) == 3 and folder.captions(1) == ("make it 1", "")
+    assert (folder[1].image[:, :, :3] == np.asarray(Image.open(triples / "1.edited.png"))).all() and (folder[1].image[:, :, 3:] == np.asarray(Image.open(triples / "1.image.png"))).all()
+    lines = [json.dumps({"instruction": f"make it {i}", "edited": f"{i}.edited.png", "image": f"{i}.image.png"}) for i in range(3)]
+    (triples / "list.jsonl").write_text("\n".join(lines))
+    listed = open_data(f"edits:{triples}/list.jsonl", 32, 32)
+    assert [listed.captions(i) for i in range(3)] == [folder.captions(i) for i in range(3)] and all((listed[i].image == folder[i].image).all() for i in range(3))
+    bucketed = open_data(f"edits:{triples}", 64, 64, buckets=True, upscale=True)
+    assert bucketed[0].image.shape == (48, 80, 6) and bucketed[1].image.shape == (64, 64, 6) and sorted(map(len, bucketed.groups)) == [1, 2]
+
+
+def test_couples_that_do_not_fit_are_refused(triples):
+    np.save(triples / "0.edited.npy", np.zeros((16, 4, 4), np.float32))
+    (triples / "0.edited.png").unlink()
+    with pytest.raises(Unreadable, match="0.image.png cannot be read .it is .*uint8 beside .*float32"):
+        open_data(f"edits:{triples}", 32, 32)[0]
+    np.save(triples / "0.image.npy", np.zeros((16, 4, 4), np.float32))
+    (triples / "0.image.png").unlink()
+    assert open_data(f"edits:{triples}", 32, 32)[0].image.shape == (32, 4, 4)
+    with pytest.raises(Unreadable, match="for pictures of 64 x 64 pixels"):
+        open_data(f"edits:{triples}", 64, 64)[0]
+    (triples / "1.edited.png").write_bytes(b"no picture")
+    with pytest.raises(Unreadable, match="1.edited.png"):
+        open_data(f"edits:{triples}", 32, 32)[1]
+    (triples / "bad.jsonl").write_text('{"instruction": "x", "image": "a.png"}')
+    with pytest.raises(ValueError, match="bad.jsonl line 1 is no JSON object with instruction, edited, image, all strings"):
+        open_data(f"edits:{triples}/bad.jsonl")

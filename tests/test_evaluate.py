@@ -314,3 +314,36 @@ def test_validation_loss_of_known_networks():
 def test_validation_loss_stays_in_the_range_of_the_formulation():
     losses = evaluate.validation_loss(lambda z, t, *_: z, formulation("edm(-1.20,1.20)"), torch.randn(4, 4, 4, 4), None, None)
     assert all(map(math.isfinite, losses)) and Counter(map(type, losses)) == {float: 8}
+
+
+def test_edits_are_judged_by_what_changed_and_what_did_not():
+    """Of every kind, level lattice: the true picture is right; the picture before, and one with a bystander moved, are wrong."""
+    world = data.ShapeEdits("lattice", 64, 64, split="val")
+    seen = Counter()
+    for i in range(60):
+        before, kind, _, after = world.edit(i)
+        seen[kind] += 1
+        assert evaluate.edit_right(kind, before, after, *detect(render(after))), (kind, before, after)
+        assert not evaluate.edit_right(kind, before, after, *detect(render(before))), (kind, before, after)
+    assert len(seen) >= 5
+    star, ring = Thing("red", 0.5, 0.5, "star"), Thing("blue", 3.5, 3.5, "ring")
+    scene = Scene("white", (star, ring))
+    moved = Scene("white", (data.replace(star, x=1.5, y=1.5), ring))
+    elsewhere = Scene("white", (data.replace(star, x=2.5, y=1.5), ring))           # in the middle ninth, too
+    wrong = Scene("white", (data.replace(star, x=1.5, y=1.5), data.replace(ring, x=2.5)))
+    assert evaluate.edit_right("move", scene, moved, *detect(render(elsewhere))) and not evaluate.edit_right("move", scene, moved, *detect(render(wrong)))
+
+
+def test_edits_counts_right(monkeypatch):
+    """A model that makes the true picture for recolor and remove, and changes nothing else."""
+    world = data.ShapeEdits("lattice", 64, 64, split="val")
+    true = {}
+    for before, kind, instruction, after in map(world.edit, range(500)):
+        true.setdefault(instruction, []).append((before, after if kind in ("recolor", "remove") else before))
+
+    def drawn(bundle, prompts, seed, edit):
+        pictures = ((edit + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+        return torch.stack([next(torch.tensor(render(after)) for before, after in true[prompt] if (render(before) == picture.numpy()).all()) for prompt, picture in zip(prompts, pictures)])
+    monkeypatch.setattr(evaluate, "generate", drawn)
+    scores, results = evaluate.edits(SimpleNamespace(config={"resolution": 64}), 3)
+    assert len(results) == 18 and scores == {"recolor": 1, "replace": 0, "remove": 1, "add": 0, "move": 0, "word": 0, "edits": pytest.approx(1 / 3)}

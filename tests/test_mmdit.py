@@ -308,3 +308,71 @@ def test_fused_attention_is_linear_in_memory():
 def test_fused_model_equals_sdpa_model():
     two = [randomized(MMDiT(**SMALL, attention=a)) for a in ('sdpa', 'fused')]
     torch.testing.assert_close(*(m(*inputs()) for m in two), atol=1e-5, rtol=1e-4)
+
+
+# ---- from one MM-DiT to another (Sec. 5.3.2, App. D)
+
+def random_mmdit(**sizes):
+    torch.manual_seed(0)
+    model = MMDiT(2, in_channels=4, context_dim=32, pooled_dim=20, **{"pos_embed_max_size": 16, "base_size": 4, **sizes}).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def random_inputs(h=8, w=8, n=4, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 4, h, w, generator=g), torch.rand(n, generator=g), torch.randn(n, 5, 32, generator=g), torch.randn(n, 20, generator=g)
+
+
+def test_a_finetuned_models_positions_are_interpolated_and_extended():
+    """Twice the resolution: every other position is one of the smaller model's, and whatever the aspect ratio, the middle S x S pixels have 0 <= p < 16."""
+    small, large = mmdit.embed_positions(16, 4, 128), mmdit.embed_positions(32, 8, 128)
+    assert torch.allclose(large[::2, ::2], small, atol=1e-6)
+    model = random_mmdit(pos_embed_max_size=32, base_size=8)
+    expected = mmdit.embed_positions(8, 8, 128)
+    for h, w in ((8, 8), (6, 12), (12, 6)):
+        grid = model.cropped_positions(h, w).view(h, w, 128)
+        inner = grid[max((h - 8) // 2, 0):, max((w - 8) // 2, 0):][:min(h, 8), :min(w, 8)]
+        top, left = max((8 - h) // 2, 0), max((8 - w) // 2, 0)
+        assert torch.allclose(inner, expected[top:top + min(h, 8), left:left + min(w, 8)], atol=1e-6)
+
+
+def test_grown_keeps_the_function_with_more_input_channels():
+    small = random_mmdit()
+    torch.manual_seed(1)
+    large = MMDiT(2, in_channels=8, out_channels=4, context_dim=32, pooled_dim=20, pos_embed_max_size=16, base_size=4).eval()
+    large.load_state_dict(mmdit.grown(small.state_dict(), large))
+    latents, *rest = random_inputs()
+    with torch.no_grad():
+        found = large(torch.cat([latents, torch.randn_like(latents)], 1), *rest)
+        assert torch.allclose(found, small(latents, *rest), atol=1e-5) and found.abs().max() > 0.1
+    assert large.x_embedder.proj.weight[:, 4:].eq(0).all()
+
+
+def test_grown_takes_the_new_models_positions_and_refuses_the_rest():
+    small, large = random_mmdit(), random_mmdit(pos_embed_max_size=32, base_size=8)
+    grid = large.pos_embed.clone()
+    large.load_state_dict(mmdit.grown(small.state_dict(), large))
+    assert large.pos_embed.equal(grid) and large.final_layer.linear.weight.equal(small.final_layer.linear.weight)
+    assert large(*random_inputs(16, 8)).shape == (4, 4, 16, 8)
+    with pytest.raises(RuntimeError):
+        large.load_state_dict(mmdit.grown(MMDiT(1, in_channels=4, context_dim=32, pooled_dim=20).state_dict(), large))
+
+
+def test_qk_norms_that_are_added_hardly_change_the_function():
+    plain = random_mmdit(qk_norm=False)
+    normed = MMDiT(2, in_channels=4, context_dim=32, pooled_dim=20, pos_embed_max_size=16, base_size=4).eval()
+    normed.load_state_dict(mmdit.grown(plain.state_dict(), normed))
+    assert normed.joint_blocks[0]["x_block"].attn.ln_q.weight.eq(1).all()
+    inputs = random_inputs(seed=2)
+    with torch.no_grad():
+        wanted, at_one = plain(*inputs), normed(*inputs)
+        mmdit.fit_qk_norms(normed, *random_inputs(seed=3))
+        fitted = normed(*inputs)
+    assert (fitted - wanted).norm() < 0.5 * (at_one - wanted).norm() and (fitted - wanted).norm() < 0.2 * wanted.norm()
+    x = torch.ones(1, 2, 3, 64)
+    norm = normed.joint_blocks[0]["x_block"].attn.ln_q
+    mmdit.fit_qk_norms(torch.nn.Sequential(norm), 3 * x)
+    assert torch.allclose(norm(3 * x), 3 * x, atol=1e-5) and not norm._forward_pre_hooks

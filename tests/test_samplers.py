@@ -8,6 +8,7 @@ from flow import PAPER_FORMULATIONS, formulation
 from samplers import (
     SAMPLERS,
     guided,
+    guided_edit,
     parts,
     path_length,
     sample_abm2,
@@ -376,3 +377,16 @@ def test_start_from_an_image():
         assert ts[0] <= strength and ts[-1] == 0 and ts[0] > strength - 0.15
         torch.testing.assert_close(z, (1 - ts[0]) * x0 + ts[0] * eps)
         torch.testing.assert_close(sample_rk4(lambda z, t: eps - x0, z, ts), x0, atol=1e-6, rtol=0)
+
+
+def test_guidance_towards_a_picture_and_a_text():
+    """App. D: with scales 1 the conditional velocity; each scale moves along its own difference."""
+    z, t = torch.randn(2, 3), torch.ones(2)
+    both, image, none = (torch.randn(2, 3) for _ in range(3))
+
+    def joint(zs, ts):
+        assert zs.equal(torch.cat([z, z, z])) and ts.shape == (6,)
+        return torch.cat([both, image, none])
+    assert torch.allclose(guided_edit(joint, 1, 1)(z, t), both)
+    assert torch.allclose(guided_edit(joint, 3, 1)(z, t), both + 2 * (image - none), atol=1e-6)
+    assert torch.allclose(guided_edit(joint, 1, 3)(z, t), both + 2 * (both - image), atol=1e-6)

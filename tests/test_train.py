@@ -19,11 +19,12 @@ import distributed
 import optim
 import pipeline
 import runs
+import sample
 import train
 from config import parse_config
 from runs import plot
 from sample import generate
-from train import DEFAULTS, TRAIN, TrainConfig
+from train import DEFAULTS, FROM_NOTHING, TRAIN, TrainConfig
 
 TINY = TrainConfig(batch_size=4, steps=3, depth=1, text_width=32, resolution=32, latent_channels=4, chunk=8, reuse=2, workers=0, log_every=1, warmup=2)
 FLAGS = "--batch-size 4 --steps 2 --depth 1 --text-width 32 --resolution 32 --latent-channels 4 --chunk 8 --reuse 2 --workers 0".split()
@@ -65,7 +66,7 @@ def contents(folder):
 def test_all_stages_on_shapes_give_a_bundle(run, cli, refused, tmp_path, capsys):
     out = tmp_path / "mine"
     run(stage="all", out=str(out))
-    for stage in TRAIN:
+    for stage in FROM_NOTHING:
         assert rows(out, stage)[-1] == {"stage": stage, "step": 3, "done": True} and (out / f"{stage}-loss.png").exists()
         losses = [row for row in rows(out, stage) if "loss" in row]
         assert [row["step"] for row in losses] == [1, 2, 3] and all(np.isfinite([row["loss"], row["grad_norm"]]).all() for row in losses)
@@ -105,7 +106,7 @@ def pictures(tmp_path):
 
 def test_each_stage_by_its_command_on_a_folder(cli, pictures, tmp_path):
     out = tmp_path / "mine"
-    for stage in TRAIN:
+    for stage in FROM_NOTHING:
         status, _, errors = cli("train.py", "--stage", stage, "--data", f"folder:{pictures}", "--out", out, *FLAGS)
         assert status == 0, errors
         named = [line for line in errors if "cannot identify image file" in line]
@@ -171,7 +172,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(run, tiny, tmp_path, monkeypat
     (["--data", "folder:empty"], "empty holds no image with a caption"),
     (["--data", "fashion-mnist:empty"], "is not there"),
     (["--weights", "absent"], "absent is no bundle folder"),
-    (["--stage", "pretran"], "'pretran' is not one of vae, clip, t5, pretrain, all; did you mean pretrain?"),
+    (["--stage", "pretran"], "'pretran' is not one of vae, clip, t5, pretrain, finetune, edit, all; did you mean pretrain?"),
     (["--bacth-size", "4"], "unknown flag --bacth-size; did you mean --batch-size?"),
     (["--resolution", "40"], "width is 40 pixels; it must be a multiple of 16"),
     (["--formulation", "rf/lognrm"], "unknown formulation 'rf/lognrm'"),
@@ -218,7 +219,7 @@ def test_every_setting_is_used(name):
 
 
 def test_settings_change_the_weights(run, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.evaluate, "validation_loss", lambda *arguments: [0.0] * 8)
+    monkeypatch.setattr(train.evaluate, "validation_loss", lambda *arguments, **settings: [0.0] * 8)
     monkeypatch.setattr(train.evaluate, "geneval", lambda *arguments: ({}, []))
     monkeypatch.setattr(train, "generate", lambda bundle, prompts: torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
 
@@ -239,7 +240,7 @@ def test_settings_change_the_weights(run, tiny, tmp_path, monkeypatch):
                    synthetic_share=1.0, reuse=1, qk_norm=False, weight_sets=3, batch_size=2, chunk=4, init_from=str(tmp_path / "plain"))
     for name, value in changes.items():
         assert not same(plain, trained(name, **{name: value})), name
-    assert checkpoint.read_json(tmp_path / "shift" / "config.json")["shift"] == 3.0 and checkpoint.read_json(tmp_path / "plain" / "config.json")["shift"] == TINY.shift
+    assert checkpoint.read_json(tmp_path / "shift" / "config.json")["shift"] == 3.0 and checkpoint.read_json(tmp_path / "plain" / "config.json")["shift"] == DEFAULTS["pretrain"]["shift"]
 
 
 def test_lr_factor():
@@ -419,3 +420,83 @@ def test_readme_commands_parse():
         if "--help" in command:
             continue
         parse_config(TrainConfig, command.replace("SPEC", "shapes").split())
+
+
+# ---- the stages that go on from a model
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without validation's pictures and scores, on 24 samples."""
+    monkeypatch.setattr(train, "count", lambda dataset: 24)
+    monkeypatch.setattr(train.evaluate, "geneval", lambda *arguments: ({}, []))
+    monkeypatch.setattr(train.evaluate, "edits", lambda *arguments: ({}, []))
+    monkeypatch.setattr(train, "generate", lambda bundle, prompts, **settings: torch.zeros(len(prompts), 32, 32, 3, dtype=torch.uint8))
+
+
+def test_finetuning_at_twice_the_resolution(run, quick, tiny, tmp_path, monkeypatch):
+    """Mixed aspect ratios, the shift of Eq. 23, the new positions, QK-norm where there was none: and from one setting, in the bundle."""
+    alphas, validation_loss = [], train.evaluate.validation_loss
+    monkeypatch.setattr(train.evaluate, "validation_loss", lambda *a, **k: alphas.append(k["alpha"]) or validation_loss(*a, **k))
+    run(stage="pretrain", out=str(tmp_path / "start"), weights=str(tiny), steps=1, shift=1.5, qk_norm=False)
+    sizes, forward = set(), train.MMDiT.forward
+    monkeypatch.setattr(train.MMDiT, "forward", lambda model, latents, *rest: sizes.add(tuple(latents.shape[2:])) or forward(model, latents, *rest))
+    run(stage="finetune", out=str(tmp_path / "fine"), init_from=str(tmp_path / "start"), resolution=64, buckets=True, steps=6)
+    config, model = (checkpoint.read_json(tmp_path / "fine" / f"{name}.json") for name in ("config", "mmdit"))
+    assert config["resolution"] == 64 and config["shift"] == 3.0 == alphas[-1] and alphas[0] == 1.0
+    assert (model["base_size"], model["pos_embed_max_size"], model["qk_norm"], model["depth"]) == (4, 16, True, 1)
+    assert len(sizes) > 1 and all(48 <= h * w <= 70 for h, w in sizes)             # 8 x 8 and its like
+    scales = weights(tmp_path / "fine")["joint_blocks.0.x_block.attn.ln_q.weight"]
+    assert (scales - 1).abs().max() > 0.1                                          # fitted, not 1
+    bundle = checkpoint.load_bundle(tmp_path / "fine")
+    assert generate(bundle, ["a red circle"], steps=1, width=96, height=48).shape == (1, 48, 96, 3)
+    run(stage="finetune", out=str(tmp_path / "unshifted"), init_from=str(tmp_path / "start"), resolution=64, steps=1, shift=1.5)
+    assert checkpoint.read_json(tmp_path / "unshifted" / "config.json")["shift"] == 1.5
+
+
+def test_editing_starts_from_the_pretrained_function(run, quick, tiny, tmp_path):
+    """With a learning rate of nearly nothing the model makes what its start makes, whatever picture lies beside; then it is trained to look at it."""
+    run(stage="edit", out=str(tmp_path / "same"), init_from=str(tiny), steps=1, lr=1e-12, muon_lr=-1.0)
+    start, same_ = (checkpoint.load_bundle(folder).mmdit for folder in (tiny, tmp_path / "same"))
+    latents, *rest = (torch.randn(shape) for shape in ((2, 4, 4, 4), (2,), (2, 40, 32), (2, 20)))
+    beside = torch.randn(2, 4, 4, 4)
+    assert same_.x_embedder.proj.in_channels == 8 and sample.latent_channels(same_) == (4, 4)
+    assert torch.allclose(same_(torch.cat([latents, beside], 1), *rest), start(latents, *rest), atol=1e-3)         # stored in half precision
+    run(stage="edit", out=str(tmp_path / "edit"), init_from=str(tiny), steps=3, lr=0.01, ema_decay=0.1)
+    trained = checkpoint.load_bundle(tmp_path / "edit")
+    ones = [trained.mmdit(torch.cat([latents, x], 1), *rest) for x in (beside, torch.zeros_like(beside))]
+    assert (ones[0] - ones[1]).abs().max() > 1e-3 and trained.config["image_cfg"] == 1.5
+    picture = torch.rand(1, 3, 32, 32) * 2 - 1
+    drawn = [generate(trained, ["make it red"], edit=edit, **scales) for edit, scales in ((picture, {}), (picture, {"image_cfg": 3.0}), (-picture, {}), (None, {}))]
+    assert len({x.numpy().tobytes() for x in drawn}) == 4
+
+
+def test_editing_triples_of_ones_own_and_resuming(run, quick, tiny, tmp_path, monkeypatch):
+    rng, folder = np.random.default_rng(0), tmp_path / "triples"
+    folder.mkdir()
+    for i in range(8):
+        for name in ("image", "edited"):
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.{name}.png")
+        (folder / f"{i}.txt").write_text(f"make it {i}")
+    settings = dict(stage="edit", data=f"edits:{folder}", init_from=str(tiny), steps=4)
+    run(out=str(tmp_path / "a"), **settings)
+    with monkeypatch.context() as patch:
+        interrupt(patch, "by_level", 2, signal.SIGINT)
+        with pytest.raises(SystemExit, match="stopped at step 2"):
+            run(out=str(tmp_path / "b"), **settings)
+    run(out=str(tmp_path / "b"), resume=True, **settings)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert Image.open(tmp_path / "a" / "grid-0000004.png").text["prompts"].count("make it") == 8
+
+
+@pytest.mark.parametrize("arguments, reason", [
+    (["--stage", "finetune"], "--stage finetune needs --init-from RUN"),
+    (["--stage", "edit", "--init-from", "absent"], "absent is no bundle folder"),
+    (["--stage", "edit", "--init-from", "TINY", "--data", "folder:x"], "--data folder:x is not what --stage edit learns from"),
+    (["--data", "edits:x"], "--data edits:x is not what --stage pretrain learns from"),
+    (["--stage", "finetune", "--init-from", "TINY", "--depth", "2"], "--depth is 2, that of"),
+    (["--stage", "finetune", "--init-from", "TINY", "--out", "TINY"], "which would be overwritten"),
+    (["--stage", "finetune", "--init-from", "TINY", "--no-qk-norm"], "is of another architecture")])
+def test_stages_that_go_on_from_a_model_refuse(refused, tiny, tmp_path, monkeypatch, arguments, reason):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--batch-size", 4, "--steps", 1, "--resolution", 32, "--chunk", 8, "--workers", 0, "--text-width", 32]
+    assert reason in refused("train.py", *flags, *(str(tiny) if a == "TINY" else a for a in arguments))
