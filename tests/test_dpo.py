@@ -6,10 +6,13 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from torch import nn
 
@@ -427,3 +430,24 @@ def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, m
     (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
     assert reason in refused("dpo.py", *arguments, *["--weights", tiny] * (arguments != ["trian"]))
     assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+# ---- several processes
+
+def in_processes(processes, settings):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else [sys.executable]
+    done = subprocess.run([*start, str(ROOT / "tests" / "tiny_dpo.py"), json.dumps(settings)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in open(f"{settings['out']}/metrics.jsonl")]
+    return torch.tensor([[row["loss"], row["accuracy"]] for row in rows if "loss" in row]), checkpoint.read_safetensors(f"{settings['out']}/lora.safetensors")[0]
+
+
+@pytest.mark.slow
+def test_any_split_of_the_pairs_gives_the_same_alignment(tiny, preferences, tmp_path):
+    pytest.importorskip("safetensors")
+    settings = {"weights": str(tiny), "pairs": str(preferences)}
+    alone, lora = in_processes(1, {**settings, "out": str(tmp_path / "alone")})
+    assert alone[0, 0] == pytest.approx(np.log(2), abs=1e-6) and alone[-1, 0] < 0.6
+    for processes, more in ((2, {"grad_accum": 2}), (2, {"sharding": "fsdp", "checkpointing": True})):
+        found, other = in_processes(processes, {**settings, **more, "out": str(tmp_path / more.get("sharding", "ddp"))})
+        assert (found - alone).abs().max() < 1e-4 and all(torch.allclose(other[name], lora[name], atol=1e-4) for name in lora)
