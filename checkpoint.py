@@ -802,7 +802,19 @@ def save_lora(path, factors, depth):
     for key, (a, b) in factors.items():
         for layer, rows in zip(layout.names(key), layout.split(key, b)):
             tensors |= {f"transformer.{layer}.lora_A.weight": a.clone(), f"transformer.{layer}.lora_B.weight": rows.contiguous()}
-    write_safetensors(path, tensors)
+    write(path, lambda temporary: Path(temporary).write_bytes(in_safetensors(tensors)))
+
+
+def in_safetensors(tensors):
+    """The bytes of a safetensors file of float32 tensors, without the library, which alignment is not to need: length of the header, header, numbers, all little-endian."""
+    header, numbers = {"__metadata__": {"format": "pt"}}, bytearray()
+    for name, tensor in tensors.items():
+        raw = tensor.float().cpu().numpy().astype("<f4").tobytes()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(numbers), len(numbers) + len(raw)]}
+        numbers += raw
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + bytes(numbers)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -240,7 +240,6 @@ def check(cfg):
     for name, value in checkpoint.read_object(before).items() if cfg.resume and before.exists() else ():
         if name in ("weights", "pairs", "rank", "alpha") and value != getattr(cfg, name):
             raise ValueError(f"{cfg.out} was begun with --{name} {value}, not {getattr(cfg, name)}")
-    checkpoint.safetensors(f"{cfg.out}/lora.safetensors")
     train.check(cfg)
 
 

@@ -254,6 +254,8 @@ def read_init(cfg):
     """What `generate` needs to know of --init-image, --mask, --edit-image, --width and --height."""
     if cfg.mask and not cfg.init_image:
         raise ValueError("--mask needs the --init-image that it belongs to")
+    if cfg.image_cfg >= 0 and not cfg.edit_image:
+        raise ValueError("--image-cfg needs the --edit-image that it leads towards")
     if cfg.init_image and cfg.edit_image:
         raise ValueError("--init-image and --edit-image are two ways to start from a picture: give one of them")
     if not cfg.init_image and not cfg.edit_image:

@@ -25,7 +25,7 @@ STAGES = ("vae", "clip", "t5", "pretrain", "finetune", "edit", "all")
 class TrainConfig:
     stage: str = flag("pretrain", "what to train; all: each from vae to pretrain in turn; finetune (another --resolution), edit (by instruction): the MM-DiT of --init-from", "run",
                       choices=STAGES)
-    data: str = flag("shapes", "shapes[:LEVEL], folder:DIR, imagenet:DIR, fashion-mnist:DIR, tar:DIR/{00000..00099}.tar, latents:DIR", "run")
+    data: str = flag("shapes", "shapes[:LEVEL], folder:DIR, imagenet:DIR, fashion-mnist:DIR, tar:DIR/{00000..00099}.tar, latents:DIR; stage edit: shapes, edits:DIR, edits:FILE.jsonl", "run")
     out: str = flag("runs/miniature", "run folder", "run")
     weights: str = flag("weights/mini", "bundle whose frozen parts are used where the run folder has none", "run")
     init_from: str = flag("", "bundle whose weights and tokenizers the stage starts from", "run")

@@ -337,3 +337,31 @@ def test_the_command_of_the_readme_draws_what_it_says(cli, tmp_path, monkeypatch
     assert evaluate.judge(evaluate.Task("two objects", A, wanted), things) == (True, True), things
     pictures = generate(load_bundle("weights/mini"), [A] * 16)      # where they are is right in 9 of 16; a bag of words has about 6
     assert sum(evaluate.judge(evaluate.Task("position", A, wanted, "above"), evaluate.detect(x.numpy())[1])[0] for x in pictures) >= 7
+
+
+def test_edit_image_from_the_command_line(cli, refused, tiny, tmp_path):
+    """With an MM-DiT that is shown a picture beside the noise: the picture, and both scales, matter; one that is not refuses."""
+    folder, picture = tmp_path / "edit", tmp_path / "in.png"
+    checkpoint.copy_parts(tiny, folder)
+    torch.manual_seed(0)
+    config = {**checkpoint.read_json(tiny / "mmdit.json"), "in_channels": 8, "out_channels": 4}
+    model = checkpoint.MMDiT(**config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    checkpoint.save_part(folder, "mmdit", model, config)
+    Image.effect_noise((48, 32), 90).convert("RGB").save(picture)
+
+    def drawn(*flags):
+        status, _, errors = cli("sample.py", "--prompt", "make it red", "--weights", folder, "--out", tmp_path / "out.png", *flags)
+        assert status == 0, errors
+        return np.asarray(Image.open(tmp_path / "out.png"))
+    plain, image, more = drawn("--edit-image", picture), drawn("--edit-image", picture, "--image-cfg", 4), drawn("--edit-image", picture, "--cfg", 5)
+    assert plain.shape == (32, 48, 3) and len({x.tobytes() for x in (plain, image, more)}) == 3
+    assert (drawn("--edit-image", picture, "--num", 2)[:, :48] == plain).mean() > 0.99
+    assert drawn().shape == (32, 32, 3)                                           # no picture: as in training without it
+    flags = "--prompt", "make it red", "--out", tmp_path / "out.png", "--edit-image", picture
+    assert "this MM-DiT draws and does not edit" in refused("sample.py", *flags, "--weights", tiny)
+    assert "--image-cfg needs the --edit-image" in refused("sample.py", *flags[:-2], "--weights", folder, "--image-cfg", 2)
+    assert "give one of them" in refused("sample.py", *flags, "--weights", folder, "--init-image", picture)
+    assert "--mask needs the --init-image" in refused("sample.py", *flags, "--weights", folder, "--mask", picture)
