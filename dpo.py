@@ -2,6 +2,7 @@
 
     python dpo.py make-pairs --out runs/pairs                              # the miniature draws, a program judges: what `dpo.py train` learns from
     python dpo.py train --pairs runs/pairs --out runs/dpo                  # then: python sample.py --weights runs/dpo --prompt "..."
+    python dpo.py compare --weights runs/dpo --base weights/mini           # wins against the base, diversity
     python dpo.py train --pairs preferences.jsonl --weights BUNDLE --out runs/dpo --resume
     python dpo.py make-pairs --prompts-file prompts.txt --judge person --out runs/pairs      # draws contact sheets; once choices.txt is filled in, the same command again
     torchrun --nproc_per_node 8 dpo.py train --pairs latents:runs/latents --weights BUNDLE --device cuda --out runs/dpo
@@ -303,7 +304,7 @@ def scores_of(bundle, judge, task, images):
     """uint8 (n, H, W, 3) -> n numbers, the more the better."""
     if judge == "detector":
         return [shapes_score(task, image) for image in images.numpy()]
-    pictures, texts = evaluate.clip_features(bundle, from_uint8(images).to(bundle.device), [task.prompt] * len(images))
+    pictures, texts = evaluate.clip_features(bundle, from_uint8(images), [task.prompt] * len(images))
     return F.cosine_similarity(pictures, texts).tolist()
 
 
@@ -359,7 +360,7 @@ def read_choices(path, tasks, samples):
     return chosen
 
 
-def tasks_of(cfg, bundle):
+def tasks_of(cfg, bundle, seed):
     """The prompts: evaluate.Task, without anything `wanted` where no program can judge."""
     if cfg.prompts_file:
         lines = Path(cfg.prompts_file).read_text("utf-8").splitlines()
@@ -367,21 +368,30 @@ def tasks_of(cfg, bundle):
     if not is_shapes(bundle.config):
         raise ValueError(f"{cfg.weights} is of no `shapes`, for which prompts can be made up: give --prompts-file FILE")
     categories = (*evaluate.CATEGORIES, "typography")
-    columns = [evaluate.tasks(category, -(-cfg.prompts // len(categories)), 1000 + cfg.seed) for category in categories]
+    columns = [evaluate.tasks(category, -(-cfg.prompts // len(categories)), seed) for category in categories]
     return [task for row in zip(*columns) for task in row][:cfg.prompts]
+
+
+def judge_of(cfg, tasks):
+    judge = cfg.judge if cfg.judge != "auto" else "detector" if tasks[0].wanted else "clip"
+    if judge == "detector" and not tasks[0].wanted:
+        raise ValueError("--judge detector knows what prompts of `shapes` want, not those of --prompts-file: take another")
+    return judge
+
+
+def check_numbers(cfg, **least):
+    for name, value in least.items():
+        if getattr(cfg, name) < value:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; the least is {value}")
+    check_device(cfg.device)
 
 
 def make_pairs(cfg):
     """Writes OUT/metadata.jsonl and the pictures that it names; judged.jsonl, a line a prompt, is what a stopped run goes on from."""
-    for name, least in {"prompts": 1, "samples": 2, "per_prompt": 1, "seed": 0, "steps": 0}.items():
-        if getattr(cfg, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; the least is {least}")
-    check_device(cfg.device)
+    check_numbers(cfg, prompts=1, samples=2, per_prompt=1, seed=0, steps=0)
     bundle, out = checkpoint.load_bundle(cfg.weights, cfg.device), Path(cfg.out)
-    todo = tasks_of(cfg, bundle)
-    judge = cfg.judge if cfg.judge != "auto" else "detector" if todo[0].wanted else "clip"
-    if judge == "detector" and not todo[0].wanted:
-        raise ValueError("--judge detector knows what prompts of `shapes` want, not those of --prompts-file: take clip or person")
+    todo = tasks_of(cfg, bundle, 1000 + cfg.seed)
+    judge = judge_of(cfg, todo)
     claim(out, {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("out", "device")})
     done = Run.read(out / "judged.jsonl")
     for number in tqdm(range(len(done), len(todo)), "pairs", initial=len(done), total=len(todo), unit="prompt", disable=not sys.stderr.isatty()):
@@ -409,6 +419,54 @@ def finish(out, rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# dpo.py compare: a model against its base, on prompts that neither evaluate.py nor make-pairs has
+
+@dataclass
+class CompareConfig:
+    weights: str = flag("runs/dpo", "bundle after alignment", "run")
+    base: str = flag("weights/mini", "bundle before", "run")
+    judge: str = flag("auto", "who compares: the detector of `shapes`, CLIP's score by the base's CLIPs; auto: the detector where it can", "run", choices=("auto", "detector", "clip"))
+    out: str = flag("", "JSON file for the numbers", "run")
+    prompts_file: str = flag("", "a text file with a prompt a line; empty: prompts of `shapes`", "prompts")
+    prompts: int = flag(140, "prompts of `shapes`, an equal share of each category and of signs", "prompts")
+    samples: int = flag(4, "pictures a prompt of each model, from the same noise", "prompts")
+    seed: int = flag(0, "of prompts and noise", "prompts")
+    steps: int = flag(0, "steps of the sampler; 0: the bundle's", "sampling")
+    cfg: float = flag(-1.0, "guidance scale; -1: the bundle's", "sampling")
+    device: str = flag("cpu", "cpu, cuda, mps", "machine")
+
+
+def diversity(images):
+    """uint8 (n, H, W, 3) of one prompt -> the mean distance of two of them, root mean square of grey levels."""
+    return torch.pdist(images.flatten(1).float()).div(images[0].numel() ** 0.5).mean().item()
+
+
+def win_rate(ours, theirs, apart):
+    """Share of pairs of scores that the first wins; what is not `apart` is half a win."""
+    difference = np.subtract(ours, theirs)
+    return float(np.where(np.abs(difference) < apart, 0.5, difference > 0).mean())
+
+
+def compare(cfg):
+    """Prints {'wins': share of pictures that beat the base's from the same noise, 'diversity': of a prompt's pictures, over the base's; 'right': {model: share exactly right}, of `shapes`}."""
+    check_numbers(cfg, prompts=1, samples=2, seed=0, steps=0)
+    after, before = (checkpoint.load_bundle(path, cfg.device) for path in (cfg.weights, cfg.base))
+    todo = tasks_of(cfg, before, 2000 + cfg.seed)
+    judge, rows = judge_of(cfg, todo), []
+    for number, task in enumerate(tqdm(todo, "compare", unit="prompt", disable=not sys.stderr.isatty())):
+        seed = (2000 + cfg.seed) * 1_000_003 + number * cfg.samples
+        both = [generate(bundle, [task.prompt] * cfg.samples, seed=seed, steps=cfg.steps, cfg=cfg.cfg) for bundle in (after, before)]
+        rows.append([(scores_of(before, judge, task, images), diversity(images)) for images in both])
+    (ours, spread), (theirs, spread_before) = (zip(*column) for column in zip(*rows))
+    numbers = {"prompts": len(todo), "judge": judge, "wins": win_rate(ours, theirs, APART[judge]), "diversity": float(np.mean(spread) / np.mean(spread_before))}
+    if judge == "detector":
+        numbers["right"] = {cfg.weights: float((np.array(ours) > 1).mean()), cfg.base: float((np.array(theirs) > 1).mean())}
+    print(json.dumps(numbers, indent=1))
+    if cfg.out:
+        checkpoint.write_json(cfg.out, numbers)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 
 def main():
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -416,10 +474,12 @@ def main():
         train.begin(parse_config(DPOConfig, sys.argv[2:], __doc__, FLAGS), run_dpo)
     elif command == "make-pairs":
         make_pairs(parse_config(PairsConfig, sys.argv[2:], __doc__))
+    elif command == "compare":
+        compare(parse_config(CompareConfig, sys.argv[2:], __doc__))
     elif command in ("-h", "--help"):
         print(__doc__ + "\n`python dpo.py COMMAND --help` lists the flags.")
     else:
-        raise ValueError(f"unknown command {command!r}; known: train, make-pairs")
+        raise ValueError(f"unknown command {command!r}; known: make-pairs, train, compare")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import checkpoint
 import data
 from config import flag, one_line_errors, parse_config
 from flow import shift
-from sample import from_uint8, generate, grid, save_png, to_uint8
+from sample import from_uint8, generate, grid, latent_channels, save_png, to_uint8
 from text_encoders import CLIPLayer
 from vae import psnr
 
@@ -434,10 +434,10 @@ def autoencoder(bundle, level, n=256):
 @torch.inference_mode()
 def clip_features(bundle, images, captions):
     """Of both towers side by side: image features and text features (N, widths of L and G), each half normalised."""
-    tower = checkpoint.load_part(bundle.folder, "clip_image", cls=CLIPImageEncoder)
+    tower = checkpoint.load_part(bundle.folder, "clip_image", bundle.device, CLIPImageEncoder)
     _, pooled = bundle.text.encode(captions, ("clip_l", "clip_g"))
     halves = [bundle.text.sizes.clip_l, bundle.text.sizes.clip_g]
-    image = torch.cat([tower(batch) for batch in images.split(256)])
+    image = torch.cat([tower(batch.to(bundle.device)) for batch in images.split(256)])
     return tuple(torch.cat([F.normalize(half, dim=1) for half in x.split(halves, 1)], 1) for x in (image, pooled))
 
 
@@ -467,10 +467,22 @@ class EvaluateConfig:
     sampler: str = flag("", "ODE solver; empty: the bundle's", "sampling")
 
 
+def evaluate_edits(bundle, cfg, sampling):
+    """Of a model that `train.py --stage edit` made: its edits alone."""
+    scores, results = edits(bundle, cfg.prompts, cfg.level, cfg.seed, **sampling)
+    print(json.dumps(scores, indent=1))
+    if cfg.out:
+        shown = [x for _, picture, image, _ in results[:48] for x in (picture, image)]
+        save_png(grid(torch.stack(shown), columns=12), Path(cfg.out) / "edits.png", {"prompts": "\n".join(instruction for instruction, *_ in results[:48])})
+        checkpoint.write_json(Path(cfg.out) / "scores.json", scores)
+
+
 def main():
     cfg = parse_config(EvaluateConfig, description=__doc__)
     bundle = checkpoint.load_bundle(cfg.weights)
     sampling = {name: getattr(cfg, name) for name in ("steps", "cfg", "shift", "sampler")}
+    if latent_channels(bundle.mmdit)[1]:
+        return evaluate_edits(bundle, cfg, sampling)
     scores = {}
     for name, unseen in (("seen pairs", False), ("unseen pairs", True)):
         scores[name], results = geneval(bundle, cfg.prompts, cfg.seed, unseen, **sampling)

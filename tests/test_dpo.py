@@ -25,6 +25,7 @@ import optim
 import pipeline
 import runs
 from checkpoint import DiffusersLayout, apply_lora, load_bundle, read_lora
+from config import parse_config
 from flow import formulation
 from mmdit import MMDiT
 from sample import from_uint8
@@ -416,20 +417,44 @@ def test_make_pairs_by_a_person(tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments, reason", [
-    (["trian"], "unknown command 'trian'; known: train, make-pairs"),
+    (["trian"], "unknown command 'trian'; known: make-pairs, train, compare"),
     (["train"], "--pairs is missing"),
     (["train", "--pairs", "absent"], "absent holds no prompt with two pictures"),
     (["train", "--pairs", "p.jsonl"], "p.jsonl line 1 is no JSON object with prompt, chosen, rejected"),
     (["train", "--pairs", "p.jsonl", "--rank", "0"], "--rank is 0; the least is 1"),
     (["train", "--pairs", "p.jsonl", "--depth", "4"], "unknown flag --depth"),
     (["make-pairs", "--samples", "1"], "--samples is 1; the least is 2"),
-    (["make-pairs"], "is of no `shapes`"),
+    (["make-pairs"], "is of no `shapes`"), (["compare", "--base", "absent"], "absent is no bundle folder"), (["compare", "--judge", "person"], "'person' is not one of"),
     (["make-pairs", "--judge", "detector", "--prompts-file", "p.jsonl"], "--judge detector knows what prompts of `shapes` want")])
 def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, monkeypatch, arguments, reason):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
     assert reason in refused("dpo.py", *arguments, *["--weights", tiny] * (arguments != ["trian"]))
     assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+# ---- dpo.py compare
+
+def test_compare_counts_wins_and_diversity(tiny, tmp_path, monkeypatch, capsys):
+    """A model whose pictures of one prompt are half as far apart, and always better than the base's."""
+    def drawn(bundle, prompts, seed, **settings):
+        noise = torch.randint(0, 100, (len(prompts), 16, 16, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        return noise // 2 + 100 if bundle.folder == tmp_path else noise
+    monkeypatch.setattr(dpo, "generate", drawn)
+    monkeypatch.setattr(dpo, "is_shapes", lambda config: True)
+    monkeypatch.setattr(dpo, "scores_of", lambda bundle, judge, task, images: images.float().mean((1, 2, 3)).div(100).tolist())
+    checkpoint.copy_parts(tiny, tmp_path)
+    dpo.compare(dpo.CompareConfig(weights=str(tmp_path), base=str(tiny), prompts=3, out=str(tmp_path / "numbers.json")))
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers == checkpoint.read_json(tmp_path / "numbers.json") and numbers["wins"] == 1 and numbers["diversity"] == pytest.approx(0.5, abs=0.02)
+    assert numbers["right"] == {str(tmp_path): 1.0, str(tiny): 0.0} and numbers["prompts"] == 3
+    assert dpo.win_rate([1, 2, 3], [1.01, 1, 4], 0.05) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("command", re.findall(r"python dpo\.py ([^\n#`]*)|dpo\.py (train --[^\n#`]*)", (ROOT / "README.md").read_text() + dpo.__doc__), ids=str)
+def test_commands_that_are_shown_parse(command):
+    name, *flags = (command[0] or command[1]).split()
+    parse_config(*{"train": (dpo.DPOConfig, flags, "", dpo.FLAGS), "make-pairs": (dpo.PairsConfig, flags), "compare": (dpo.CompareConfig, flags)}[name])
 
 
 # ---- several processes
