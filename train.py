@@ -447,6 +447,16 @@ def inherited(cfg):
     return replace(cfg, weights=cfg.init_from, shift=cfg.shift or start["shift"] * shift_alpha(cfg.resolution ** 2, start["resolution"] ** 2), **taken)
 
 
+def architecture(cfg, sizes, channels):
+    """MMDiT's arguments. App. D: the picture to edit lies beside the latents, on the channels."""
+    patches = cfg.resolution // 16
+    start = checkpoint.read_object(Path(cfg.init_from) / "mmdit.json") if cfg.stage in FROM_A_MODEL else {}
+    more = {"dual_attention_blocks": start["dual_attention_blocks"]} if start.get("dual_attention_blocks") else {}
+    more |= {"out_channels": channels} if cfg.stage == "edit" else {}
+    return dict(depth=cfg.depth, in_channels=2 * channels if cfg.stage == "edit" else channels, context_dim=sizes.t5, pooled_dim=sizes.clip_l + sizes.clip_g,
+                pos_embed_max_size=4 * patches, base_size=patches, qk_norm=cfg.qk_norm, weight_sets=cfg.weight_sets, clip_length=cfg.clip_length, **more)
+
+
 def add_qk_norms(cfg, model, latents, context, pooled, form):
     """To an MM-DiT that was trained without (Sec. 5.3.2): their scales are fitted to at most 64 validation samples."""
     if not (cfg.stage in FROM_A_MODEL and cfg.qk_norm and not checkpoint.read_json(Path(cfg.init_from) / "mmdit.json").get("qk_norm", True)):
@@ -497,11 +507,8 @@ def train_mmdit(cfg):
     distributed.barrier()
     bundle = checkpoint.load_bundle(cfg.out, cfg.device)
     sizes, form = bundle.text.sizes, formulation(cfg.formulation)
-    patches = cfg.resolution // 16
-    channels, pictures = bundle.part("vae").config["latent_channels"], 2 if cfg.stage == "edit" else 1      # App. D: the picture to edit lies beside the latents, on the channels
-    model_config = dict(depth=cfg.depth, in_channels=pictures * channels, context_dim=sizes.t5, pooled_dim=sizes.clip_l + sizes.clip_g,
-                        pos_embed_max_size=4 * patches, base_size=patches, qk_norm=cfg.qk_norm, weight_sets=cfg.weight_sets,
-                        clip_length=cfg.clip_length, **({"out_channels": channels} if pictures > 1 else {}))
+    channels, pictures = bundle.part("vae").config["latent_channels"], 2 if cfg.stage == "edit" else 1
+    model_config = architecture(cfg, sizes, channels)
     torch.manual_seed(cfg.seed)
     model = MMDiT(**model_config, attention=cfg.attention)
     start_from(cfg, "mmdit", model, *[grown] * (cfg.stage in FROM_A_MODEL))

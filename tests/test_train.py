@@ -449,8 +449,8 @@ def test_finetuning_at_twice_the_resolution(run, quick, tiny, tmp_path, monkeypa
     assert (scales - 1).abs().max() > 0.1                                          # fitted, not 1
     bundle = checkpoint.load_bundle(tmp_path / "fine")
     assert generate(bundle, ["a red circle"], steps=1, width=96, height=48).shape == (1, 48, 96, 3)
-    run(stage="finetune", out=str(tmp_path / "unshifted"), init_from=str(tmp_path / "start"), resolution=64, steps=1, shift=1.5)
-    assert checkpoint.read_json(tmp_path / "unshifted" / "config.json")["shift"] == 1.5
+    cfg = replace(TINY, stage="finetune", init_from=str(tmp_path / "start"), resolution=64)
+    assert (train.inherited(cfg).shift, train.inherited(replace(cfg, shift=1.5)).shift, train.inherited(replace(cfg, resolution=128)).shift) == (3.0, 1.5, 6.0)
 
 
 def test_editing_starts_from_the_pretrained_function(run, quick, tiny, tmp_path):
@@ -486,6 +486,18 @@ def test_editing_triples_of_ones_own_and_resuming(run, quick, tiny, tmp_path, mo
     run(out=str(tmp_path / "b"), resume=True, **settings)
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert Image.open(tmp_path / "a" / "grid-0000004.png").text["prompts"].count("make it") == 8
+
+
+def test_the_architecture_that_is_gone_on_from(tmp_path):
+    """SD3.5-medium's second attention stays; the positions are of the new resolution; an edit's input is twice as wide."""
+    checkpoint.write_json(tmp_path / "mmdit.json", {"depth": 2, "dual_attention_blocks": [0]})
+    cfg = replace(TINY, init_from=str(tmp_path), depth=2, resolution=128)
+    sizes = checkpoint.TextSizes(8, 12, 32, 16, 24)
+    plain, fine, edits = (train.architecture(replace(cfg, stage=stage), sizes, 16) for stage in ("pretrain", "finetune", "edit"))
+    assert fine == {**plain, "dual_attention_blocks": [0]} and (fine["base_size"], fine["pos_embed_max_size"]) == (8, 32)
+    assert edits == {**fine, "in_channels": 32, "out_channels": 16}
+    start, model = train.MMDiT(**fine), train.MMDiT(**edits)
+    model.load_state_dict(train.grown(start.state_dict(), model))
 
 
 @pytest.mark.parametrize("arguments, reason", [
