@@ -22,6 +22,7 @@ import runs
 import sample
 import train
 from config import parse_config
+from data import Sample
 from runs import plot
 from sample import generate
 from train import DEFAULTS, FROM_NOTHING, TRAIN, TrainConfig
@@ -225,7 +226,7 @@ def test_settings_change_the_weights(run, tiny, tmp_path, monkeypatch):
 
     def batches(dataset, n, cfg, start, rank, world):
         images = torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(start))
-        return itertools.repeat((images, [f"{cfg.synthetic_share} star"] * n, None))
+        return itertools.repeat((images, [f"{cfg.synthetic_share} star"] * n, [Sample(np.zeros((32, 32, 3), np.uint8), "")]))
 
     monkeypatch.setattr(pipeline, "batches", batches)
 
