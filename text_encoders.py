@@ -193,7 +193,7 @@ class T5Stack(nn.Module):
         self.embed_tokens = embed_tokens
         self.block = nn.ModuleList(T5Block(width, heads, head_dim, mlp, cross=decoder) for _ in range(layers))
         self.block[0].layer[0].SelfAttention.relative_attention_bias = nn.Embedding(buckets, heads)      # one table serves every block
-        nn.init.normal_(self.block[0].layer[0].SelfAttention.relative_attention_bias.weight, std=width**-0.5)
+        nn.init.normal_(self.block[0].layer[0].SelfAttention.relative_attention_bias.weight, std=2.0)     # with T5's width^-0.5 a small encoder stays a bag of words
         self.final_layer_norm = T5Norm(width)
 
     def forward(self, tokens, context=None):

@@ -25,7 +25,7 @@ class TrainConfig:
     data: str = flag("shapes", "shapes[:LEVEL], folder:DIR, imagenet:DIR, fashion-mnist:DIR, tar:DIR/{00000..00099}.tar, latents:DIR", "run")
     out: str = flag("runs/miniature", "run folder", "run")
     weights: str = flag("weights/mini", "bundle whose frozen parts are used where the run folder has none", "run")
-    init_from: str = flag("", "bundle whose MM-DiT pretraining starts from", "run")
+    init_from: str = flag("", "bundle whose weights and tokenizers the stage starts from", "run")
     resume: bool = flag(False, "go on from the run folder's checkpoint", "run")
     plot: tuple = flag((), "train nothing: draw this run folder's metrics, and others' beside them, into --out", "run")
     seed: int = flag(0, "of weights, data, noise", "run")
@@ -82,7 +82,7 @@ class TrainConfig:
 # What a stage of the miniature takes unless a flag says otherwise; measured on 2 cores (README).
 DEFAULTS = {"vae": dict(steps=12000, batch_size=16, lr=1e-3, muon_lr=0.02),
             "clip": dict(steps=1200, batch_size=128, lr=1e-3, muon_lr=-1.0, grad_accum=1),
-            "t5": dict(steps=4000, batch_size=32, lr=1e-3, muon_lr=-1.0),
+            "t5": dict(steps=1000, batch_size=64, lr=1e-3, muon_lr=0.01),
             "pretrain": dict(steps=14000, batch_size=64, lr=1e-3, muon_lr=0.02)}
 
 if __name__ == "__main__":
@@ -271,10 +271,17 @@ def open_split(cfg, split, frozen_parts=False):
     return open_data(spec, cfg.resolution, cfg.resolution, split, cfg.seed, filter=cfg.filter, **several)
 
 
+def start_from(cfg, name, module):
+    """The weights of --init-from."""
+    if cfg.init_from:
+        checkpoint.load_strictly(module, checkpoint.load_checkpoint(Path(cfg.init_from) / f"{name}.pt"), cfg.init_from)
+
+
 def train_vae(cfg):
     dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
     vae = AutoencoderKL(cfg.latent_channels, channels=48, multipliers=(1, 2), blocks=1, scale=1.0, shift=0.0, unshuffle=4, attention=False,
                         groups=8)
+    start_from(cfg, "vae", vae)
     images = first(held_out, 256, cfg)[0].to(cfg.device)
 
     def draw(batch, generator):
@@ -312,7 +319,8 @@ def texts(dataset):
 def train_clip(cfg):
     dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
     dataset.twins = True  # of shapes: hard negatives
-    tokenizer = BPETokenizer.train(texts(dataset), length=cfg.clip_length)
+    tokenizer = (BPETokenizer.from_folder(Path(cfg.init_from) / "clip_tokenizer", cfg.clip_length) if cfg.init_from
+                 else BPETokenizer.train(texts(dataset), length=cfg.clip_length))
     tokenizer_g = BPETokenizer(tokenizer.vocab, tokenizer.merges, cfg.clip_length, pad=0)  # G pads with 0, L with the end token
     width_l, width_g = cfg.text_width * 3 // 8, cfg.text_width * 5 // 8
     common = dict(vocab_size=len(tokenizer.vocab), length=cfg.clip_length, layers=3, eos=tokenizer.end)
@@ -321,6 +329,8 @@ def train_clip(cfg):
                "clip_image": dict(resolution=cfg.resolution, patch_size=8, width=128, layers=4, heads=4, projection=width_l + width_g)}
     towers = torch.nn.ModuleDict({"clip_l": CLIPTextEncoder(**configs["clip_l"]), "clip_g": CLIPTextEncoder(**configs["clip_g"]),
                                   "clip_image": evaluate.CLIPImageEncoder(**configs["clip_image"])})
+    for name, tower in towers.items():
+        start_from(cfg, name, tower)
 
     def features(towers, images, texts):
         """Image features for L and for G, text features of L and of G: two pairs of (B, width)."""
@@ -365,10 +375,13 @@ def train_clip(cfg):
 
 def train_t5(cfg):
     dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
-    tokenizer = UnigramTokenizer.train(texts(dataset), length=2 * cfg.t5_length)
+    length = 2 * cfg.t5_length  # two captions a document
+    tokenizer = UnigramTokenizer.from_folder(Path(cfg.init_from) / "t5_tokenizer", length) if cfg.init_from else UnigramTokenizer.train(texts(dataset), length)
     config = dict(vocab_size=len(tokenizer.pieces), width=cfg.text_width, layers=3, heads=cfg.text_width // 32, head_dim=32,
                   mlp=3 * cfg.text_width // 2, buckets=32, max_distance=64)
-    model = T5Denoiser(T5Encoder(**config), layers=2)
+    encoder = T5Encoder(**config)
+    start_from(cfg, "t5", encoder)
+    model = T5Denoiser(encoder, layers=2)
 
     def document(captions, flip):
         """Both captions of a scene: what is hidden in one can be told from the other, if the encoder knows what belongs to what."""
@@ -437,9 +450,7 @@ def train_mmdit(cfg):
                         clip_length=cfg.clip_length)
     torch.manual_seed(cfg.seed)
     model = MMDiT(**model_config, attention=cfg.attention)
-    if cfg.init_from:
-        checkpoint.load_strictly(model, checkpoint.load_checkpoint(Path(cfg.init_from) / "mmdit.pt"), cfg.init_from)
-
+    start_from(cfg, "mmdit", model)
     model.checkpointing = cfg.checkpointing
     network = torch.compile(model) if cfg.compile else model
 
