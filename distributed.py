@@ -132,7 +132,13 @@ def save_sharded(path, state):
     if rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
     barrier()
-    dcp.save(state, checkpoint_id=part)
+    try:
+        dcp.save(state, checkpoint_id=part)
+    except dcp.CheckpointException as error:  # no Exception, for all its name
+        if rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        reason = next(iter(error.failures.values()))[0]
+        raise OSError(f"{path} cannot be written: {str(reason).strip().splitlines()[0][:120]} (is the disk full?)") from None
     if rank() == 0:
         part.rename(path)
     barrier()
