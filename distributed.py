@@ -149,7 +149,7 @@ def load_sharded(path, module, averages, optimizers, numbers):
     state = sharded_state(module, averages, optimizers, dict(numbers))
     try:
         dcp.load(state, checkpoint_id=path)
-    except Exception as error:  # a foreign folder, another architecture: torch raises anything
+    except (Exception, dcp.CheckpointException) as error:  # a foreign folder, another architecture: torch raises anything
         raise ValueError(f"{path} is no sharded checkpoint of this architecture, or damaged ({str(error).strip().splitlines()[0][:120]})") from None
     set_optimizer_state_dict(module, optimizers, state["optimizers"])
     return {name: state[name] for name in numbers}

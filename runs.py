@@ -123,16 +123,19 @@ class Run:
         """A line of metrics.jsonl, and its numbers for TensorBoard, a list's by their places."""
         if distributed.rank():
             return
-        with open(self.metrics, "a") as file:
+        with self.disk(), open(self.metrics, "a") as file:
             file.write(json.dumps({"stage": self.cfg.stage, "step": step, **values}) + "\n")
-        for name, value in values.items() if self.board else ():
-            for i, x in enumerate(value) if isinstance(value, list) else [("", value)]:
+        if self.board:
+            numbers = {f"{name}/{i}" if isinstance(value, list) else name: x for name, value in values.items() for i, x in enumerate(value if isinstance(value, list) else [value])}
+            for name, x in numbers.items():
                 if x is not None:
-                    self.board.add_scalar(f"{name}/{i}" if i != "" else name, x, step)
+                    self.board.add_scalar(name, x, step)
+            self.board.flush()
 
     def plot(self):
         """STAGE-loss.png: the training loss and every validation figure over the steps of this stage."""
-        draw_metrics({"": [row for row in self.rows() if row["stage"] == self.cfg.stage]}, self.folder / f"{self.cfg.stage}-loss.png")
+        with self.disk():
+            draw_metrics({"": [row for row in self.rows() if row["stage"] == self.cfg.stage]}, self.folder / f"{self.cfg.stage}-loss.png")
 
 
 def remove(path):

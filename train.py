@@ -219,8 +219,8 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
         if distributed.rank() == 0:
             with run.disk():
                 values = validate(averaged, step)
-                run.log(step, **values)
-                run.plot()
+            run.log(step, **values)
+            run.plot()
             tqdm.write(f"{cfg.stage} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float)), file=sys.stderr)
         distributed.barrier()
 
