@@ -23,9 +23,11 @@ TINY = train.TrainConfig(batch_size=8, steps=20, depth=2, text_width=32, resolut
 
 
 def happening(stop_at=None, full_at=None):
-    """train.lr_factor, which is asked in every step, with what is to happen in one."""
+    """train.lr_factor, which each optimizer asks in every step, with what is to happen in one."""
     def lr_factor(step, cfg):
+        nonlocal stop_at
         if step == stop_at:
+            stop_at = None  # a second signal would end it at once
             os.kill(os.getpid(), signal.SIGTERM)
         if step == full_at:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
