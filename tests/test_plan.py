@@ -96,7 +96,7 @@ from runs import matrix_peak, peak_memory
 torch.set_num_threads(1)
 depth, rows, checkpointing, out = json.loads(sys.argv[1])
 cfg = replace(train.TrainConfig(), out=out, batch_size=rows, steps=3, lr=1e-3, muon_lr=0.02, precision="fp32", log_every=100)
-config = dict(depth=depth, context_dim=256, pooled_dim=256, pos_embed_max_size=16, base_size=4, clip_length=16)
+config = dict(depth=depth, in_channels=16, context_dim=256, pooled_dim=256, pos_embed_max_size=16, base_size=4, clip_length=16)
 predicted = memory(counted_step(config, cfg, rows, 8, 40, checkpointing), "ddp", 1)["peak"]
 matrix_peak("cpu", torch.float32)
 before = peak_memory("cpu")
