@@ -132,7 +132,13 @@ def save_sharded(path, state):
     if rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
     barrier()
-    dcp.save(state, checkpoint_id=part)
+    try:
+        dcp.save(state, checkpoint_id=part)
+    except dcp.CheckpointException as error:  # no Exception, for all its name
+        if rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        reason = next(iter(error.failures.values()))[0]
+        raise OSError(f"{path} cannot be written: {str(reason).strip().splitlines()[0][:120]} (is the disk full?)") from None
     if rank() == 0:
         part.rename(path)
     barrier()
@@ -143,7 +149,7 @@ def load_sharded(path, module, averages, optimizers, numbers):
     state = sharded_state(module, averages, optimizers, dict(numbers))
     try:
         dcp.load(state, checkpoint_id=path)
-    except Exception as error:  # a foreign folder, another architecture: torch raises anything
+    except (Exception, dcp.CheckpointException) as error:  # a foreign folder, another architecture: torch raises anything
         raise ValueError(f"{path} is no sharded checkpoint of this architecture, or damaged ({str(error).strip().splitlines()[0][:120]})") from None
     set_optimizer_state_dict(module, optimizers, state["optimizers"])
     return {name: state[name] for name in numbers}

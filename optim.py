@@ -31,14 +31,17 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         alike = {}
         for p in group["params"]:
-            buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            buffer.lerp_(p.grad, 1 - group["momentum"])
-            update = whole(p.grad.lerp(buffer, group["momentum"])).flatten(1)
-            alike.setdefault(update.shape, []).append((p, update))
-        for (rows, columns), pairs in alike.items():
-            updates = orthogonalized(torch.stack([update for _, update in pairs]).to(self.dtype))
-            for (p, _), update in zip(pairs, updates):
+            alike.setdefault((p.shape[0], math.prod(p.shape[1:])), []).append(p)
+        for (rows, columns), parameters in alike.items():
+            updates = orthogonalized(torch.stack([self.update(p, group["momentum"]) for p in parameters]).to(self.dtype))
+            for p, update in zip(parameters, updates):
                 p.add_(sharded_like(p, update.view(p.shape).to(p.dtype)), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def update(self, p, momentum):
+        """-> the whole gradient of p with Nesterov's momentum, as a matrix."""
+        buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        buffer.lerp_(p.grad, 1 - momentum)
+        return whole(p.grad.lerp(buffer, momentum)).flatten(1)
 
 
 def whole(x):

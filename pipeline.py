@@ -219,9 +219,9 @@ def latents_of(bundle, samples, images, cfg):
 def encode_captions(bundle, captions, cfg):
     """-> context (n, L, D) float16, pooled (n, P) float32."""
     with autocast(cfg):
-        rows = [bundle.text.encode(part) for part in pieces(captions, 256)]
+        rows = [(context.half().cpu(), pooled.float().cpu()) for context, pooled in map(bundle.text.encode, pieces(captions, 256))]
     context, pooled = zip(*rows)
-    return torch.cat([x.half().cpu() for x in context]), torch.cat([x.float().cpu() for x in pooled])
+    return torch.cat(context), torch.cat(pooled)
 
 
 def encoded_batches(dataset, bundle, cfg, start, rank=0, world=1):

@@ -1,7 +1,11 @@
 """The files of a training run: metrics.jsonl and its plots, and the checkpoints to resume from."""
 
+import contextlib
 import json
+import resource
 import shutil
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +25,7 @@ class Run:
     def __init__(self, cfg):
         self.cfg, self.folder = cfg, Path(cfg.out)
         self.metrics = self.folder / "metrics.jsonl"
+        self.board = None
 
     def checkpoints(self):
         """{step: path}, the newest last."""
@@ -43,6 +48,9 @@ class Run:
         kept = [row for row in self.rows() if row["stage"] != self.cfg.stage or row["step"] <= step]
         checkpoint.write(self.metrics, lambda temporary: Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in kept)))
         checkpoint.write_json(self.folder / f"{self.cfg.stage}-config.json", asdict(self.cfg))
+        with contextlib.suppress(ImportError):  # no TensorBoard, no files for it
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.folder / "tensorboard" / self.cfg.stage, purge_step=step + 1)
 
     def save(self, step, module, averages, optimizers, **numbers):
         """Beside, then renamed; then the older ones go, but for `keep` and milestones. Weights that are not trained are in no file of one process."""
@@ -50,23 +58,27 @@ class Run:
         if not torch.stack(torch._foreach_norm(local(module.parameters()))).isfinite().all():
             raise ValueError(f"the weights of stage {self.cfg.stage} are no longer finite at step {step}; {self.last_good()} (a smaller --lr may help)")
         if self.cfg.sharding == "fsdp":
-            distributed.save_sharded(path, distributed.sharded_state(module, averages, optimizers, {"step": step, **numbers}))
+            with self.disk():
+                distributed.save_sharded(path, distributed.sharded_state(module, averages, optimizers, {"step": step, **numbers}))
         elif distributed.rank() == 0:
             kept = frozen(module)
             state = {name: x for name, x in module.state_dict().items() if name not in kept}
             ema = {**state, **dict(zip((name for name, p in module.named_parameters() if p.requires_grad), averages))}
-            self.write(path, {"step": step, "model": state, "ema": {k: x.detach() for k, x in ema.items()},
-                              "optimizers": [o.state_dict() for o in optimizers], "config": asdict(self.cfg), **numbers})
+            with self.disk():
+                checkpoint.save_checkpoint(path, {"step": step, "model": state, "ema": {k: x.detach() for k, x in ema.items()},
+                                                  "optimizers": [o.state_dict() for o in optimizers], "config": asdict(self.cfg), **numbers})
         if distributed.rank() == 0:
             for old, path in list(self.checkpoints().items())[:-self.cfg.keep]:
                 if not every or old % every:
                     remove(path)
 
-    def write(self, path, state):
+    @contextlib.contextmanager
+    def disk(self):
+        """What the disk refuses meanwhile is said with what there is to go on from."""
         try:
-            checkpoint.save_checkpoint(path, state)
+            yield
         except OSError as error:
-            raise OSError(f"{error}; {self.last_good()}, --resume goes on from it") from None
+            raise OSError(f"{error}; {self.last_good()}" + (", --resume goes on from it" if self.latest() else "")) from None
 
     def load(self, module, averaged, averages, optimizers):
         """Fills them from the newest checkpoint, if any; -> (step, bad steps)."""
@@ -110,13 +122,22 @@ class Run:
         return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
 
     def log(self, step, **values):
-        if distributed.rank() == 0:
-            with open(self.metrics, "a") as file:
-                file.write(json.dumps({"stage": self.cfg.stage, "step": step, **values}) + "\n")
+        """A line of metrics.jsonl, and its numbers for TensorBoard, a list's by their places."""
+        if distributed.rank():
+            return
+        with self.disk(), open(self.metrics, "a") as file:
+            file.write(json.dumps({"stage": self.cfg.stage, "step": step, **values}) + "\n")
+        if self.board:
+            numbers = {f"{name}/{i}" if isinstance(value, list) else name: x for name, value in values.items() for i, x in enumerate(value if isinstance(value, list) else [value])}
+            for name, x in numbers.items():
+                if x is not None:
+                    self.board.add_scalar(name, x, step)
+            self.board.flush()
 
     def plot(self):
         """STAGE-loss.png: the training loss and every validation figure over the steps of this stage."""
-        draw_metrics({"": [row for row in self.rows() if row["stage"] == self.cfg.stage]}, self.folder / f"{self.cfg.stage}-loss.png")
+        with self.disk():
+            draw_metrics({"": [row for row in self.rows() if row["stage"] == self.cfg.stage]}, self.folder / f"{self.cfg.stage}-loss.png")
 
 
 def frozen(module):
@@ -135,7 +156,7 @@ def remove(path):
 
 def draw_metrics(rows_of, path):
     """{run: rows}: one panel a figure, one line a run, over the steps."""
-    skip = "lr", "rate", "grad_norm"
+    skip = "lr", "rate", "grad_norm", "waiting", "memory", "tflops", "of_peak"
     names = sorted({k for rows in rows_of.values() for row in rows for k, v in row.items() if isinstance(v, float) and k not in skip})
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -162,3 +183,26 @@ def plot(folders, out):
         path = Path(out) / f"{stage}-compared.png"
         draw_metrics({folder: [row for row in found if row["stage"] == stage] for folder, found in rows.items()}, path)
         print(f"wrote {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the machine gives
+
+def peak_memory(device):
+    """Bytes: the most that this process has had, on its GPU or else resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    if (status := Path("/proc/self/status")).exists():  # ru_maxrss of a new process begins with its parent's
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def matrix_peak(device, dtype, seconds=0.2):
+    """FLOP/s of square matrix products: the fastest of those that fit into `seconds`."""
+    n = 8192 if device.startswith("cuda") else 1024
+    a, b, times, end = *torch.rand(2, n, n, dtype=dtype, device=device), [], time.perf_counter() + seconds
+    while len(times) < 2 or time.perf_counter() < end:
+        begun = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for a GPU
+        times.append(time.perf_counter() - begun)
+    return 2 * n ** 3 / min(times)

@@ -7,6 +7,7 @@
     python train.py --stage edit --init-from runs/mine --out runs/edit                      # edits by instruction (App. D)
     python train.py --data latents:runs/latents                 # computed ahead by data.py precompute
     python train.py --stage pretrain --out runs/mine --resume   # go on where it stopped, to the bit
+    python train.py --plan --depth 24 --device cuda --processes 8 --memory 80 --peak 400   # what a run would take, allocating nothing
     torchrun --nproc_per_node 8 train.py --depth 24 --device cuda --grad-accum 2 [--sharding fsdp] --out runs/large
 
 A run folder is a bundle that sample.py --weights takes, with metrics.jsonl, STAGE-loss.png, sample grids and, until the stage is done,
@@ -31,6 +32,10 @@ class TrainConfig:
     init_from: str = flag("", "bundle whose weights and tokenizers the stage starts from", "run")
     resume: bool = flag(False, "go on from the run folder's checkpoint", "run")
     plot: tuple = flag((), "train nothing: draw this run folder's metrics, and others' beside them, into --out", "run")
+    plan: bool = flag(False, "train nothing: print what the MM-DiT's training would take; refused if it cannot fit", "plan")
+    processes: int = flag(1, "that would train", "plan")
+    memory: float = flag(0.0, "that each may have; 0: the GPU's, or its share of this machine's", "plan", unit="GB")
+    peak: float = flag(0.0, "that each reaches; 0: what products of matrices reach here", "plan", unit="TFLOP/s")
     seed: int = flag(0, "of weights, data, noise", "run")
     steps: int = flag(0, "optimizer steps of the stage; 0: its default (with stage all: of pretrain)", "optimization")
     batch_size: int = flag(0, "samples a step, over all processes; 0: the stage's default", "optimization")
@@ -115,9 +120,10 @@ from flow import formulation, shift, shift_alpha
 from mmdit import MMDiT, fit_qk_norms, grown
 from optim import lr_factor, make_optimizers, update_average, whole
 from pipeline import autocast, batches, caption_batches, check_fingerprint, conditioned_batches, count, first, first_captions, precision, report_skipped
-from runs import Run, plot
+from plan import counted_step, plan
+from runs import Run, matrix_peak, peak_memory, plot
 from sample import check_device, check_size, generate, grid, latent_channels, save_png, to_uint8
-from text_encoders import (BPETokenizer, CLIPTextEncoder, T5Denoiser, T5Encoder, UnigramTokenizer, contrastive_loss,
+from text_encoders import (BPETokenizer, CLIPTextEncoder, T5Denoiser, T5Encoder, TextSizes, UnigramTokenizer, contrastive_loss,
                            span_corruption)
 from vae import AutoencoderKL, psnr, vae_loss
 
@@ -183,16 +189,26 @@ def gradients(network, columns, cfg):
     return float(np.mean(losses)), values
 
 
-def fit(cfg, module, data, draw, loss_of, validate):
+def timed(batches):
+    """Yields (batch, seconds that it took to come)."""
+    batches, begun = iter(batches), time.perf_counter()
+    for batch in batches:
+        yield batch, time.perf_counter() - begun
+        begun = time.perf_counter()
+
+
+def fit(cfg, module, data, draw, loss_of, validate, flops=0):
     """Train those weights of `module` that require a gradient and return its averaged copy, which shares the others (with FSDP whole on rank 0 alone).
 
     data(start) yields batches from sample `start` on; draw(batch, generator) -> the columns, tensors or lists, of this process's rows of a batch with their noise, drawn for all
     rows from the step's generator; loss_of(module, *columns of a micro-batch) -> (loss, {name: number or list});
-    validate(averaged module, step) -> {name: number}, called on rank 0 every eval_every steps and at the end."""
+    validate(averaged module, step) -> {name: number}, called on rank 0 every eval_every steps and at the end; flops: of a step, over all processes, where they are known."""
     run = Run(cfg)
     module.to(cfg.device).train()
     names = {name for name, p in module.named_parameters() if p.requires_grad}
     averaged = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad}).eval().requires_grad_(False)
+    if cfg.sharding == "fsdp" and distributed.rank():
+        averaged.to("meta")
     network = distributed.wrap(module, loss_of, cfg, precision(cfg))
     trained, copies = ([p for name, p in one.named_parameters() if name in names] for one in (module, averaged))
     averages = [p.detach().clone() for p in trained] if cfg.sharding == "fsdp" else copies
@@ -209,16 +225,18 @@ def fit(cfg, module, data, draw, loss_of, validate):
             for p, average in zip(copies, averages):
                 p.copy_(whole(average))
         if distributed.rank() == 0:
-            values = validate(averaged, step)
+            with run.disk():
+                values = validate(averaged, step)
             run.log(step, **values)
             run.plot()
             tqdm.write(f"{cfg.stage} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float)), file=sys.stderr)
         distributed.barrier()
 
-    recent, begun, seen = [], time.time(), 0
+    recent, steps, seconds, waited, peak = [], 0, 0, 0, flops and matrix_peak(cfg.device, precision(cfg)) * distributed.world()
     bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step", mininterval=1 if sys.stderr.isatty() else 30, disable=distributed.rank() > 0)
     with bar, noted_signals() as signals:
-        for batch in itertools.islice(data(step * cfg.batch_size), cfg.steps - step):
+        for batch, waiting in timed(itertools.islice(data(step * cfg.batch_size), cfg.steps - step)):
+            begun = time.perf_counter()
             for optimizer, rate in zip(optimizers, base_rates):
                 optimizer.param_groups[0]["lr"] = rate * lr_factor(step, cfg)
             columns = draw(batch, torch.Generator().manual_seed(cfg.seed * 1_000_003 + step))
@@ -240,15 +258,17 @@ def fit(cfg, module, data, draw, loss_of, validate):
                     raise ValueError(f"{what}, the {bad}. step that is not finite; {run.last_good()} (a smaller --lr may help)")
                 run.log(step, bad_steps=bad)
                 tqdm.write(f"{what}: skipped ({bad} so far)", file=sys.stderr)
-            seen += cfg.batch_size
+            steps, waited, seconds = steps + 1, waited + waiting, seconds + waiting + time.perf_counter() - begun
             bar.update()
             if attentions:
                 blocks = [attentions[i::len(module.joint_blocks)] for i in range(len(module.joint_blocks))]
                 run.log(step, max_logits=[max(top.item() for top, _ in block) for block in blocks], entropies=[np.mean([e.item() for _, e in block]) for block in blocks])
             if step % cfg.log_every == 0 and (rows := distributed.everyones(recent)):
-                run.log(step, **mean_of(rows), lr=optimizers[-1].param_groups[0]["lr"], rate=seen / (time.time() - begun))
-                bar.set_postfix(loss=f"{np.mean([r['loss'] for r in recent]):.4f}")
-                recent = []
+                speed = {"rate": steps * cfg.batch_size / seconds, "waiting": waited / seconds, "memory": peak_memory(cfg.device) / 1e9}
+                speed |= {"tflops": steps * flops / seconds / 1e12, "of_peak": steps * flops / seconds / peak} if flops else {}
+                run.log(step, **mean_of(rows), lr=optimizers[-1].param_groups[0]["lr"], **speed)
+                bar.set_postfix_str(f"loss {np.mean([r['loss'] for r in recent]):.4f}, " + ", ".join(f"{name} {value:.3g}" for name, value in speed.items()))
+                recent, steps, seconds, waited = [], 0, 0, 0
             if step % cfg.eval_every == 0 and step < cfg.steps and not stopping:
                 evaluated()
             if (step % (cfg.checkpoint_every or cfg.eval_every) == 0 and step < cfg.steps) or stopping or (cfg.milestone_every and step % cfg.milestone_every == 0):
@@ -490,8 +510,20 @@ def fixed_prompts(cfg, held_out):
     return list(dict.fromkeys(captions))[:16]
 
 
-def train_mmdit(cfg):
-    dataset, held_out = open_split(cfg, "train"), open_split(cfg, "val")
+def planned(cfg):
+    """--plan: of the MM-DiT; with stage all its frozen parts do not exist yet."""
+    if cfg.stage not in ("pretrain", "all"):
+        raise ValueError(f"--plan is of the MM-DiT's training, --stage pretrain or all, not {cfg.stage}")
+    run = with_defaults(cfg, "pretrain")
+    check(run, cfg.processes)
+    parts = {name: Path(cfg.out if (Path(cfg.out) / f"{name}.json").exists() else cfg.weights) / f"{name}.pt" for name in ("vae", "clip_l", "clip_g", "t5") if cfg.stage == "pretrain"}
+    configs = {name: checkpoint.read_json(path.with_suffix(".json")) for name, path in parts.items()}
+    sizes = TextSizes(*(configs[name]["width"] for name in ("clip_l", "clip_g", "t5"))) if parts else TextSizes(cfg.text_width * 3 // 8, cfg.text_width * 5 // 8, cfg.text_width)
+    plan(run, architecture(run, sizes, configs["vae"]["latent_channels"] if parts else cfg.latent_channels), parts.values())
+
+
+def run_bundle(cfg, dataset):
+    """The run folder as a bundle: frozen parts, those of --weights where it has none of its own, and how to sample from the MM-DiT to come."""
     if isinstance(dataset, Latents):
         check_fingerprint(dataset, [cfg.weights] if cfg.stage in FROM_A_MODEL else [cfg.out, cfg.weights], cfg.clip_length, cfg.t5_length)
     missing = [part for part in FROZEN if cfg.stage in FROM_A_MODEL or not any((Path(cfg.out) / f"{part}{end}").exists() for end in (".pt", "/"))]
@@ -505,10 +537,14 @@ def train_mmdit(cfg):
     if not distributed.rank():
         checkpoint.write_json(Path(cfg.out) / "config.json", config)
     distributed.barrier()
-    bundle = checkpoint.load_bundle(cfg.out, cfg.device)
-    sizes, form = bundle.text.sizes, formulation(cfg.formulation)
-    channels, pictures = bundle.part("vae").config["latent_channels"], 2 if cfg.stage == "edit" else 1
-    model_config = architecture(cfg, sizes, channels)
+    return checkpoint.load_bundle(cfg.out, cfg.device)
+
+
+def train_mmdit(cfg):
+    dataset, held_out = open_split(cfg, "train"), open_split(cfg, "val")
+    bundle = run_bundle(cfg, dataset)
+    form, channels, pictures = formulation(cfg.formulation), bundle.part("vae").config["latent_channels"], 2 if cfg.stage == "edit" else 1
+    model_config = architecture(cfg, bundle.text.sizes, channels)
     torch.manual_seed(cfg.seed)
     model = MMDiT(**model_config, attention=cfg.attention)
     start_from(cfg, "mmdit", model, *[grown] * (cfg.stage in FROM_A_MODEL))
@@ -538,7 +574,10 @@ def train_mmdit(cfg):
         losses = form.loss(out, latents, t=t, eps=noise)
         return losses.mean(), {"loss_bins": by_level(losses.detach(), t)}
 
+    tokens, side = cfg.clip_length + cfg.t5_length, cfg.resolution // 8
+    flops = cfg.batch_size * counted_step(model_config, cfg, 1, side, tokens, update=False).flops
     n = min(512, count(held_out))
+    few = cfg.batch_size // (distributed.world() * cfg.grad_accum)  # so that validation takes no more memory than training
     validation = next(conditioned_batches(held_out, bundle, replace(cfg, workers=0, batch_size=n, chunk=n)))
     if validation[0].shape[1] != pictures * channels:
         raise ValueError(f"{cfg.data} has {validation[0].shape[1]} channels of latents a sample; --stage {cfg.stage} takes {pictures * channels}, of {pictures} picture(s)")
@@ -552,17 +591,20 @@ def train_mmdit(cfg):
         return torch.stack([to_uint8(shown), generate(bundle, prompts, width=shown.shape[3], height=shown.shape[2], edit=shown)], 1).flatten(0, 1)
 
     def validate(model, step):
-        latents, *text = (x.to(cfg.device) for x in validation)
-        latents, source = split(latents)
+        def out(z, t, source, *text):
+            parts = ([x.to(cfg.device) for x in part] for part in zip(*(x.split(few) for x in (z, t, source, *text))))
+            return torch.cat([model(torch.cat([form.input(z, t), source], 1), t, *c).cpu() for z, t, source, *c in parts])
+
+        latents, source = split(validation[0])
         alpha = cfg.shift if cfg.stage in FROM_A_MODEL else 1.0
-        levels = evaluate.validation_loss(lambda z, t, *c: model(torch.cat([form.input(z, t), source], 1), t, *c), form, latents, *text, alpha=alpha)
+        levels = evaluate.validation_loss(lambda z, t, *text: out(z, t, source, *text), form, latents, *validation[1:], alpha=alpha)
         bundle.mmdit = model
         save_png(grid(samples()), Path(cfg.out) / f"grid-{step:07}.png", {"step": step, "prompts": "\n".join(prompts)})
         checkpoint.save_part(cfg.out, "mmdit", model, model_config)
         scores = (evaluate.edits if cfg.stage == "edit" else evaluate.geneval)(bundle, 10)[0] if cfg.data.startswith("shapes") else {}
         return {"val_loss": float(np.mean(levels[:-1])), "val_levels": levels, **scores}
 
-    fit(cfg, model, lambda start: conditioned_batches(dataset, bundle, cfg, start, *place()), draw, loss_of, validate)
+    fit(cfg, model, lambda start: conditioned_batches(dataset, bundle, cfg, start, *place()), draw, loss_of, validate, flops)
 
 
 def by_level(losses, t, bins=8):
@@ -576,14 +618,20 @@ FROM_NOTHING = {"vae": train_vae, "clip": train_clip, "t5": train_t5, "pretrain"
 TRAIN = {**FROM_NOTHING, "finetune": train_mmdit, "edit": train_mmdit}
 
 
-def check(cfg):
-    """Refuses what cannot be trained, before anything is written."""
+def with_defaults(cfg, stage):
+    """The settings of one stage of `cfg.stage`."""
+    taken = {k: v for k, v in DEFAULTS[stage].items() if not getattr(cfg, k) or (cfg.stage == "all" and stage != "pretrain")}
+    return replace(cfg, stage=stage, **taken)
+
+
+def check(cfg, processes):
+    """Refuses what cannot be trained by so many processes, before anything is written."""
     check_size(cfg.resolution, cfg.resolution)
-    check_device(cfg.device)
     formulation(cfg.formulation)
     least = {"steps": 1, "batch_size": 1, "depth": 1, "weight_sets": 1, "latent_channels": 1, "text_width": 32, "clip_length": 3, "t5_length": 3,
              "chunk": cfg.batch_size, "reuse": 1, "workers": 0, "eval_every": 1, "log_every": 1, "seed": 0, "threads": 0,
-             "grad_accum": 1, "ema_every": 1, "max_bad_steps": 0, "checkpoint_every": 0, "keep": 1, "milestone_every": 0, "watch_every": 0}
+             "grad_accum": 1, "ema_every": 1, "max_bad_steps": 0, "checkpoint_every": 0, "keep": 1, "milestone_every": 0, "watch_every": 0,
+             "processes": 1, "memory": 0, "peak": 0}
     for name, value in least.items():
         if getattr(cfg, name) < value:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; the least is {value}")
@@ -592,8 +640,8 @@ def check(cfg):
     kind = cfg.data.partition(":")[0]
     if kind == "pairs" or kind not in ("shapes", "latents") and (kind in ("edits", "shape-edits")) != (cfg.stage == "edit"):
         raise ValueError(f"--data {cfg.data} is not what --stage {cfg.stage} learns from: edits are for stage edit, which takes shapes[:LEVEL], edits:DIR, edits:FILE.jsonl, latents:DIR")
-    if cfg.batch_size % (parts := distributed.world() * cfg.grad_accum):
-        raise ValueError(f"--batch-size is {cfg.batch_size}: it cannot be split over {distributed.world()} processes and {cfg.grad_accum} micro-batches, {parts} parts")
+    if cfg.batch_size % (parts := processes * cfg.grad_accum):
+        raise ValueError(f"--batch-size is {cfg.batch_size}: it cannot be split over {processes} processes and {cfg.grad_accum} micro-batches, {parts} parts")
     if cfg.stage == "clip" and cfg.grad_accum > 1:
         raise ValueError(f"--grad-accum is {cfg.grad_accum}; stage clip compares all of a batch with each other: for it 1 is all there is")
     if cfg.sharding == "fsdp" and cfg.compile:
@@ -613,6 +661,8 @@ def begin(cfg, train):
     """Sets up this machine, joins the other processes, and trains."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    if cfg.plan:
+        return planned(cfg)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
     with distributed.processes(cfg.device, cfg.sharding) as device:
         train(replace(cfg, device=device))
@@ -621,10 +671,10 @@ def begin(cfg, train):
 def train(cfg):
     runs = []
     for stage in FROM_NOTHING if cfg.stage == "all" else [cfg.stage]:
-        own = {k: v for k, v in DEFAULTS[stage].items() if not getattr(cfg, k) or (cfg.stage == "all" and stage != "pretrain")}
-        of_stage = replace(cfg, stage=stage, **own)
-        runs.append(Run(inherited(of_stage) if stage in FROM_A_MODEL else of_stage))
-        check(runs[-1].cfg)
+        own = with_defaults(cfg, stage)
+        runs.append(Run(inherited(own) if stage in FROM_A_MODEL else own))
+        check_device(cfg.device)
+        check(runs[-1].cfg, distributed.world())
         runs[-1].refuse_to_overwrite()
     carry_out(runs, TRAIN)
 

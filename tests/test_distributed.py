@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -25,10 +26,14 @@ def command(processes, settings):
 
 
 def trained(folder, weights, processes=1, **settings):
-    settings = {"stage": "pretrain", "out": str(folder), "weights": str(weights), **settings}
-    done = subprocess.run(command(processes, settings), env=ENVIRONMENT, capture_output=True, text=True)
+    done = ended(folder, weights, processes, **settings)
     assert done.returncode == 0, done.stderr[-3000:]
     return losses(folder)
+
+
+def ended(folder, weights, processes=1, **settings):
+    settings = {"stage": "pretrain", "out": str(folder), "weights": str(weights), **settings}
+    return subprocess.run(command(processes, settings), env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def losses(folder):
@@ -60,6 +65,13 @@ def test_any_split_of_the_batch_gives_the_same_training(alone, tiny, tmp_path, p
     for name, tensor in final(folder).items():
         torch.testing.assert_close(final(tmp_path)[name].float(), tensor.float(), atol=2e-3, rtol=0)       # stored in half precision
     assert len({json.dumps(row, sort_keys=True) for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())}) == 22       # rank 0 alone logs
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_processes_in_bf16(alone, tiny, tmp_path, sharding):
+    found = trained(tmp_path, tiny, 2, sharding=sharding, precision="bf16", steps=4, lr_schedule="constant")
+    difference = (found - alone[1][:4]).abs().max()
+    assert 1e-6 < difference < 0.02                                               # not fp32, but like it
 
 
 @pytest.mark.parametrize("stage", ["vae", "clip", "t5"])
@@ -112,6 +124,16 @@ def test_two_processes_killed(tiny, tmp_path, sharding):
     assert same(final(tmp_path / "a"), final(tmp_path / "b")) and losses(tmp_path / "b").equal(expected)
 
 
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_processes_then_one_then_two(alone, tiny, tmp_path, sharding):
+    """A checkpoint is of no number of processes."""
+    for processes, stop_at in ((2, 6), (1, 13)):
+        done = ended(tmp_path, tiny, processes, sharding=sharding, resume=True, stop_at=stop_at)
+        assert done.returncode == 1 and f"stopped at step {stop_at + 1}; the same command with --resume goes on" in done.stderr, done.stderr[-3000:]
+    found = trained(tmp_path, tiny, 2, sharding=sharding, resume=True)
+    assert len(found) == 20 and (found - alone[1]).abs().max() < 1e-5
+
+
 # ---- stopped by a signal, refused by the disk
 
 def test_sigterm_saves_and_resume_goes_on(tiny, tmp_path):
@@ -144,3 +166,21 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert checkpoint.load_checkpoint(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_resume_goes_on(alone, tiny, tmp_path, sharding):
+    settings = dict(sharding=sharding, checkpoint_every=5, log_every=20)
+    done = ended(tmp_path, tiny, full_at=8, **settings)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert re.fullmatch(r"tiny_train.py: .*pretrain-0000010.ckpt cannot be written: .*\(is the disk full\?\); the last good checkpoint is .*pretrain-0000005.ckpt, --resume goes on from it",
+                        done.stderr.splitlines()[-1])
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith("ckpt") or path.name.startswith(".pre")] == ["pretrain-0000005.ckpt"]
+    trained(tmp_path, tiny, resume=True, **settings)
+    for name, tensor in final(alone[0]).items():
+        torch.testing.assert_close(final(tmp_path)[name].float(), tensor.float(), atol=2e-3, rtol=0)
+
+
+def test_a_disk_without_room_for_a_line_of_the_log(tiny, tmp_path):
+    done = ended(tmp_path, tiny, full_at=8, checkpoint_every=5)
+    assert done.returncode == 2 and re.fullmatch(r"tiny_train.py: .*File too large; the last good checkpoint is .*pretrain-0000005.ckpt, --resume goes on from it", done.stderr.splitlines()[-1])
