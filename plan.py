@@ -124,7 +124,8 @@ def plan(cfg, config, part_files):
     limit, needed = cfg.memory * GB or machine_memory(cfg), most[cfg.sharding, cfg.checkpointing]
     if needed > limit:
         smaller = [f"--sharding {sharding}{' --checkpointing' if on else ''} {size / GB:.3g}" for (sharding, on), size in most.items() if size <= limit]
-        raise ValueError(f"the run needs {needed / GB:.3g} GB a process, there are {limit / GB:.3g}: " + (f"it fits with {' GB or '.join(smaller)} GB" if smaller else "a larger --grad-accum or smaller --chunk takes less"))
+        advice = f"it fits with {' GB or '.join(smaller)} GB" if smaller else "a larger --grad-accum or smaller --chunk takes less"
+        raise ValueError(f"the run needs {needed / GB:.3g} GB a process, there are {limit / GB:.3g}: {advice}")
 
 
 def beside(cfg, config, tokens, part_files):
