@@ -39,6 +39,7 @@ BACKGROUNDS = {"white": (250, 250, 250), "gray": (150, 150, 150), "black": (25, 
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LEVELS = ("lattice", "sizes", "jitter", "free")
+KINDS = {"single": 0.12, "group": 0.22, "pair": 0.46, "several": 0.10, "sign": 0.10}  # of scenes: their shares
 RADII = {"small": 0.35, "medium": 0.42, "large": 0.46}
 NUMBERS = ("zero", "a", "two", "three", "four")
 
@@ -78,7 +79,7 @@ def cells(width, height):
     return round(4 * width / short), round(4 * height / short)
 
 
-def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False):
+def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False, kinds=KINDS):
     """A scene of the given level of difficulty; with `held_out`, of pairs and words that training never shows."""
     def attributes():
         while True:
@@ -86,7 +87,7 @@ def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False):
             if (pair in HELD_OUT_PAIRS) == held_out:
                 return pair
 
-    kind = rng.choice(["single", "group", "pair", "several", "sign"], p=[0.12, 0.22, 0.46, 0.10, 0.10])
+    kind = rng.choice(list(kinds), p=list(kinds.values()))
     pairs = {"single": lambda: [attributes()],
              "group": lambda: [attributes()] * rng.integers(2, 5),
              "pair": lambda: distinct(attributes, 2),
@@ -342,14 +343,14 @@ def named(thing, color=True):
     return article(" ".join(words))
 
 
-def original_caption(scene, rng):
-    """Colors may be left out and the background mostly is, but never an object."""
-    things, color = scene.things, rng.random() < 0.5
+def original_caption(scene, rng, colored=0.5, related=0.75):
+    """Colors may be left out and the background mostly is, but never an object. `colored`, `related`: how often colors, and the relation of two things, are said."""
+    things, color = scene.things, rng.random() < colored
     if len(things) > 1 and len({(t.shape, t.color, t.word) for t in things}) == 1:
         text = f"{NUMBERS[len(things)]} {things[0].color + ' ' if color else ''}{plural(things[0].shape)}"
     else:
         order = [things[k] for k in rng.permutation(len(things))]
-        word = relation(*order) if len(order) == 2 and rng.random() < 0.75 else None
+        word = relation(*order) if len(order) == 2 and rng.random() < related else None
         names = [named(t, color) for t in order]
         text = f" {word} ".join(names) if word else listing(names)
     return text + (f" on {scene.background}" if rng.random() < 0.15 else "")
@@ -404,15 +405,16 @@ class Dataset:
 
 
 class Shapes(Dataset):
-    """The world above: as many scenes as one asks for, of one level or (`all`) of each in turn. No scene of another split
-    is drawn from the same random numbers."""
+    """The world above: as many scenes as one asks for, of one level or (`all`) of each in turn; or (`relations`) a lesson: of the lattice the pairs alone, whose short captions nearly
+    always have the colors and the relation. No scene of another split is drawn from the same random numbers."""
 
     twins = False  # every scene at an odd index is the twin of the one before
 
     def __init__(self, level="lattice", width=64, height=64, split="train", seed=0, buckets=False):
-        if level not in LEVELS + ("all",):
-            raise ValueError(f"unknown level {level!r} of shapes; known: {', '.join(LEVELS)}, all")
-        self.levels = LEVELS if level == "all" else (level,)
+        if level not in LEVELS + ("all", "relations"):
+            raise ValueError(f"unknown level {level!r} of shapes; known: {', '.join(LEVELS)}, all, relations")
+        self.levels = {"all": LEVELS, "relations": ("lattice",)}.get(level, (level,))
+        self.kinds, self.telling = ({"pair": 1.0}, {"colored": 0.9, "related": 1.0}) if level == "relations" else (KINDS, {})
         self.seed = seed, ("train", "val", "unseen").index(split)
         self.sizes = [size for size in bucket_sizes(width) if max(size) <= 2 * min(size)] if buckets else [(width, height)]      # 1:2 to 2:1; a scene has room for its things
 
@@ -433,7 +435,7 @@ class Shapes(Dataset):
             scene, rng = self.scene(index - 1)
             return twin(rng, scene), rng
         rng = np.random.default_rng((*self.seed, index))
-        return random_scene(rng, self.level(index), *cells(*self.size(index)), held_out=self.seed[1] == 2), rng
+        return random_scene(rng, self.level(index), *cells(*self.size(index)), held_out=self.seed[1] == 2, kinds=self.kinds), rng
 
     def level(self, index):
         return self.levels[(index // 2 if self.twins else index) // len(self.sizes) % len(self.levels)]
@@ -441,11 +443,11 @@ class Shapes(Dataset):
     def captions(self, index):
         """(original, synthetic), without drawing."""
         scene, rng = self.scene(index)
-        return original_caption(scene, rng), synthetic_caption(scene)
+        return original_caption(scene, rng, **self.telling), synthetic_caption(scene)
 
     def __getitem__(self, index):
         scene, rng = self.scene(index)
-        return Sample(render(scene, *self.size(index)), original_caption(scene, rng), synthetic_caption(scene))
+        return Sample(render(scene, *self.size(index)), original_caption(scene, rng, **self.telling), synthetic_caption(scene))
 
 
 class ShapeEdits(Shapes):

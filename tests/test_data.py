@@ -208,6 +208,18 @@ def test_relation_words_are_true():
     assert len(seen) == 4
 
 
+def test_the_lesson_in_relations():
+    world = Shapes("relations")
+    said = Counter()
+    for i in range(400):
+        (a, b), original = world.scene(i)[0].things, world.captions(i)[0]
+        told = re.search(" left of | right of | above | below ", original)
+        assert bool(told) == bool(relation(a, b)) and world[i].original == original
+        said[bool(told)] += 1
+        said["colors"] += a.color in original and b.color in original
+    assert said[True] > 0.7 * 400 and said["colors"] > 0.85 * 400
+
+
 def test_relation_is_none_on_a_diagonal_and_turns_with_its_arguments():
     a, right, down, diagonal = Thing("red", 1, 1), Thing("red", 3, 1.5), Thing("red", 1, 2), Thing("red", 2, 2.1)
     assert (relation(a, right), relation(right, a), relation(a, down), relation(down, a)) == ("left of", "right of", "above", "below")
