@@ -75,7 +75,7 @@ def add_lora(module, rank, alpha=None):
 
 @contextlib.contextmanager
 def without_lora(module):
-    """The module as it was before `add_lora`, to the bit: DPO's reference, without a second copy of the weights."""
+    """The module as it was before `add_lora`: DPO's reference, without a second copy of the weights."""
     loras = [lora for lora in module.modules() if isinstance(lora, LoRALinear)]
     for lora in loras:
         lora.on = False
@@ -241,7 +241,8 @@ def check(cfg):
     for name, value in checkpoint.read_object(before).items() if cfg.resume and before.exists() else ():
         if name in ("weights", "pairs", "rank", "alpha") and value != getattr(cfg, name):
             raise ValueError(f"{cfg.out} was begun with --{name} {value}, not {getattr(cfg, name)}")
-    train.check(cfg)
+    check_device(cfg.device)
+    train.check(cfg, distributed.world())
 
 
 def run_dpo(cfg):

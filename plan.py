@@ -76,12 +76,12 @@ def counted_step(config, cfg, rows, side, tokens, checkpointing=False, update=Tr
                     loss = model(*inputs).float().square().mean()
                     saved = count.live - count.gradients
                 loss.backward()
-            flops, backward, before = count.flops - flops, count.peak, count.live
+            flops, backward, bare, before = count.flops - flops, count.peak, count.bare, count.live
             for _ in range(2 if update else 0):  # the first makes the states
                 count.peak = count.live
                 for optimizer in optimizers:
                     optimizer.step()
-    return SimpleNamespace(parameters=sum(p.numel() for p in model.parameters()), block=max(blocks), blocks=sum(blocks), flops=flops, saved=saved, backward=backward, bare=count.bare,
+    return SimpleNamespace(parameters=sum(p.numel() for p in model.parameters()), block=max(blocks), blocks=sum(blocks), flops=flops, saved=saved, backward=backward, bare=bare,
                            optimizer=count.live - before, update=count.peak - count.live, copies=2 * sum(p.numel() for p in model.parameters()) if half else 0)
 
 

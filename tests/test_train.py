@@ -18,6 +18,7 @@ import checkpoint
 import distributed
 import optim
 import pipeline
+import plan
 import runs
 import sample
 import train
@@ -215,7 +216,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, tiny, tmp_path):
 
 @pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
 def test_every_setting_is_used(name):
-    source = inspect.getsource(train).split("STAGES")[2] + "".join(map(inspect.getsource, (pipeline, optim, distributed, runs)))
+    source = inspect.getsource(train).split("STAGES")[2] + "".join(map(inspect.getsource, (pipeline, optim, distributed, runs, plan)))
     assert re.search(rf"\bcfg\.{name}\b", source), f"--{name} is accepted and dropped"
 
 
@@ -358,7 +359,7 @@ def test_tf32_and_checkpointing_reach_torch(run, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train.MMDiT, "forward", lambda model, *inputs: seen.append(model.checkpointing) or forward(model, *inputs))
     for value in (True, False):
         run(stage="pretrain", out=str(tmp_path / str(value)), weights=str(tiny), tf32=value, checkpointing=value, steps=1)
-        assert torch.backends.cuda.matmul.allow_tf32 is value and seen[0] is value
+        assert torch.backends.cuda.matmul.allow_tf32 is value and any(seen) is value      # --plan's count of FLOPs is without
         seen.clear()
 
 
