@@ -332,11 +332,11 @@ def test_the_command_of_the_readme_draws_what_it_says(cli, tmp_path, monkeypatch
     monkeypatch.chdir(ROOT)
     assert f'python sample.py --prompt "{A}"' in (ROOT / "README.md").read_text()
     assert cli("sample.py", "--prompt", A, "--out", tmp_path / "out.png")[0] == 0
-    wanted = data.Thing("red", 0, 0, "circle"), data.Thing("blue", 0, 0, "square")
+    task = evaluate.Task("position", A, (data.Thing("red", 0, 0, "circle"), data.Thing("blue", 0, 0, "square")), "above")
     things = evaluate.detect(np.asarray(Image.open(tmp_path / "out.png")))[1]
-    assert evaluate.judge(evaluate.Task("two objects", A, wanted), things) == (True, True), things
-    pictures = generate(load_bundle("weights/mini"), [A] * 16)      # where they are is right in 9 of 16; a bag of words has about 6
-    assert sum(evaluate.judge(evaluate.Task("position", A, wanted, "above"), evaluate.detect(x.numpy())[1])[0] for x in pictures) >= 7
+    assert evaluate.judge(task, things) == (True, True), things
+    pictures = generate(load_bundle("weights/mini"), [A] * 16)
+    assert sum(evaluate.judge(task, evaluate.detect(x.numpy())[1])[0] for x in pictures) >= 14      # 16 where it was trained
 
 
 def test_edit_image_from_the_command_line(cli, refused, tiny, tmp_path):
