@@ -75,7 +75,7 @@ def add_lora(module, rank, alpha=None):
 
 @contextlib.contextmanager
 def without_lora(module):
-    """The module as it was before `add_lora`: DPO's reference, without a second copy of the weights."""
+    """The module as it was before `add_lora`, frozen, to the bit: DPO's reference, without a second copy of the weights."""
     loras = [lora for lora in module.modules() if isinstance(lora, LoRALinear)]
     for lora in loras:
         lora.on = False

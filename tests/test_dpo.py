@@ -61,7 +61,7 @@ def output(model):
 def test_an_adapter_starts_at_zero_and_alone_trains():
     plain = mmdit()
     model = dpo.add_lora(mmdit(), 3)
-    torch.testing.assert_close(output(model), output(plain), rtol=1e-5, atol=1e-5)      # a rounding of kernels that see other addresses
+    assert output(model).equal(output(plain.requires_grad_(False)))              # torch takes other kernels for weights that want a gradient
     assert {name.rsplit(".", 1)[1] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     linears = sum(type(module) is nn.Linear for module in plain.modules())
     assert sum(isinstance(module, dpo.LoRALinear) for module in model.modules()) == linears      # all linear layers, as the paper has it
@@ -187,10 +187,10 @@ def reference_of(model):
     return reference
 
 
-def test_lora_off_is_the_base():
-    model, plain = adapted(), mmdit()
+def test_lora_off_is_the_base_to_the_bit():
+    model, plain = adapted(), mmdit().requires_grad_(False)
     with dpo.without_lora(model):
-        torch.testing.assert_close(output(model), output(plain), rtol=1e-5, atol=1e-5)
+        assert output(model).equal(output(plain))
     assert not output(model).equal(output(plain))
 
 
