@@ -73,6 +73,24 @@ def number(kind):
     return parse
 
 
+def check_least(cfg, **least):
+    """Refuses settings below their least values."""
+    for name, value in least.items():
+        if getattr(cfg, name) < value:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; the least is {value}")
+
+
+def subcommand(commands, description):
+    """The first word of the command line, one of `commands`; where there is none, or --help, the description is printed and the program ends."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        print(f"{description}\n`python {Path(sys.argv[0]).name} COMMAND --help` lists the flags.")
+        sys.exit(0)
+    if command not in commands:
+        raise ValueError(f"unknown command {command!r}; known: {', '.join(commands)}")
+    return command
+
+
 def one_line_errors(main):
     """Run `main`; bad input (ValueError, OSError, an absent package) ends in one line on stderr and exit status 2."""
     try:

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from config import flag, one_line_errors, parse_config
+from config import flag, one_line_errors, parse_config, subcommand
 from shards import (PICTURE_ERRORS, bucket_sizes, cached_index, captions_of, check_columns, expand, index_shards, nearest_buckets, numbers, parse_filter,
                     read_at, read_header, read_index, reason, upright_size)
 
@@ -918,12 +918,7 @@ COMMANDS = {"precompute": PrecomputeConfig, "dedup": DedupConfig}
 
 
 def main():
-    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if command in ("-h", "--help"):
-        print(__doc__ + "\n`python data.py COMMAND --help` lists the flags.")
-        return
-    if command not in COMMANDS:
-        raise ValueError(f"unknown command {command!r}; known: {', '.join(COMMANDS)}")
+    command = subcommand(COMMANDS, __doc__)
     cfg = parse_config(COMMANDS[command], sys.argv[2:], __doc__)
     import pipeline
     {"precompute": pipeline.precompute, "dedup": pipeline.dedup}[command](cfg)

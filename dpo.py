@@ -31,7 +31,7 @@ import checkpoint
 import distributed
 import evaluate
 import train
-from config import flag, one_line_errors, parse_config
+from config import check_least, flag, one_line_errors, parse_config, subcommand
 from data import Latents, open_data
 from flow import formulation, shift
 from pipeline import check_fingerprint, claim, conditioned_batches, count
@@ -232,9 +232,7 @@ def check(cfg):
     """Refuses what cannot be trained, before anything is written."""
     if not cfg.pairs:
         raise ValueError("--pairs is missing: a jsonl file or a folder of preferences, which `python dpo.py make-pairs` makes")
-    for name, least in {"rank": 1, "alpha": 0, "lr": 1e-12, "beta": 1e-6}.items():
-        if getattr(cfg, name) < least:
-            raise ValueError(f"--{name} is {getattr(cfg, name)}; the least is {least}")
+    check_least(cfg, rank=1, alpha=0, lr=1e-12, beta=1e-6)
     if Path(cfg.out).resolve() == Path(cfg.weights).resolve():
         raise ValueError(f"--out {cfg.out} is the bundle that is aligned, which would be overwritten")
     before = Path(cfg.out) / "dpo-config.json"
@@ -380,16 +378,10 @@ def judge_of(cfg, tasks):
     return judge
 
 
-def check_numbers(cfg, **least):
-    for name, value in least.items():
-        if getattr(cfg, name) < value:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; the least is {value}")
-    check_device(cfg.device)
-
-
 def make_pairs(cfg):
     """Writes OUT/metadata.jsonl and the pictures that it names; judged.jsonl, a line a prompt, is what a stopped run goes on from."""
-    check_numbers(cfg, prompts=1, samples=2, per_prompt=1, seed=0, steps=0)
+    check_least(cfg, prompts=1, samples=2, per_prompt=1, seed=0, steps=0)
+    check_device(cfg.device)
     bundle, out = checkpoint.load_bundle(cfg.weights, cfg.device), Path(cfg.out)
     todo = tasks_of(cfg, bundle, 1000 + cfg.seed)
     judge = judge_of(cfg, todo)
@@ -450,7 +442,8 @@ def win_rate(ours, theirs, apart):
 
 def compare(cfg):
     """Prints {'wins': share of pictures that beat the base's from the same noise, 'diversity': of a prompt's pictures, over the base's; 'right': {model: share exactly right}, of `shapes`}."""
-    check_numbers(cfg, prompts=1, samples=2, seed=0, steps=0)
+    check_least(cfg, prompts=1, samples=2, seed=0, steps=0)
+    check_device(cfg.device)
     after, before = (checkpoint.load_bundle(path, cfg.device) for path in (cfg.weights, cfg.base))
     todo = tasks_of(cfg, before, 2000 + cfg.seed)
     judge, rows = judge_of(cfg, todo), []
@@ -470,17 +463,13 @@ def compare(cfg):
 # ---------------------------------------------------------------------------------------------------------------
 
 def main():
-    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    command = subcommand(("make-pairs", "train", "compare"), __doc__)
     if command == "train":
         train.begin(parse_config(DPOConfig, sys.argv[2:], __doc__, FLAGS), run_dpo)
     elif command == "make-pairs":
         make_pairs(parse_config(PairsConfig, sys.argv[2:], __doc__))
-    elif command == "compare":
-        compare(parse_config(CompareConfig, sys.argv[2:], __doc__))
-    elif command in ("-h", "--help"):
-        print(__doc__ + "\n`python dpo.py COMMAND --help` lists the flags.")
     else:
-        raise ValueError(f"unknown command {command!r}; known: make-pairs, train, compare")
+        compare(parse_config(CompareConfig, sys.argv[2:], __doc__))
 
 
 if __name__ == "__main__":

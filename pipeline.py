@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
+from config import check_least
 from data import LATENT_ARRAYS, Latents, Unreadable, open_data
 from sample import check_device, check_size, from_uint8
 
@@ -307,9 +308,7 @@ def precompute(cfg):
     """The command `python data.py precompute`: what Latents reads. Each shard is a folder, renamed when it is whole; index.json comes last."""
     check_size(cfg.resolution, cfg.resolution)
     check_device(cfg.device)
-    for name, least in {"samples": 0, "seed": 0, "shard": 1, "batch_size": 1, "workers": 0}.items():
-        if getattr(cfg, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; the least is {least}")
+    check_least(cfg, samples=0, seed=0, shard=1, batch_size=1, workers=0)
     dataset = open_data(cfg.data, cfg.resolution, cfg.resolution, "train", cfg.seed, filter=cfg.filter, buckets=cfg.buckets, upscale=cfg.upscale)
     if isinstance(dataset, Latents):
         raise ValueError(f"{cfg.data} has been computed already")

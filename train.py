@@ -17,7 +17,7 @@ and micro-batches: all draw for the whole batch and take their rows. Read on: op
 
 from dataclasses import dataclass, replace
 
-from config import flag, one_line_errors, parse_config
+from config import check_least, flag, one_line_errors, parse_config
 
 STAGES = ("vae", "clip", "t5", "pretrain", "finetune", "edit", "all")
 
@@ -628,13 +628,9 @@ def check(cfg, processes):
     """Refuses what cannot be trained by so many processes, before anything is written."""
     check_size(cfg.resolution, cfg.resolution)
     formulation(cfg.formulation)
-    least = {"steps": 1, "batch_size": 1, "depth": 1, "weight_sets": 1, "latent_channels": 1, "text_width": 32, "clip_length": 3, "t5_length": 3,
-             "chunk": cfg.batch_size, "reuse": 1, "workers": 0, "eval_every": 1, "log_every": 1, "seed": 0, "threads": 0,
-             "grad_accum": 1, "ema_every": 1, "max_bad_steps": 0, "checkpoint_every": 0, "keep": 1, "milestone_every": 0, "watch_every": 0,
-             "processes": 1, "memory": 0, "peak": 0}
-    for name, value in least.items():
-        if getattr(cfg, name) < value:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; the least is {value}")
+    check_least(cfg, steps=1, batch_size=1, depth=1, weight_sets=1, latent_channels=1, text_width=32, clip_length=3, t5_length=3, chunk=cfg.batch_size, reuse=1, workers=0,
+                eval_every=1, log_every=1, seed=0, threads=0, grad_accum=1, ema_every=1, max_bad_steps=0, checkpoint_every=0, keep=1, milestone_every=0, watch_every=0,
+                processes=1, memory=0, peak=0)
     if cfg.stage not in OF_THE_MMDIT and cfg.data.startswith("latents:"):
         raise ValueError(f"--stage {cfg.stage} needs pictures; {cfg.data} is for pretrain")
     kind = cfg.data.partition(":")[0]
