@@ -93,13 +93,16 @@ def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False, kinds=
              "pair": lambda: distinct(attributes, 2),
              "several": lambda: distinct(attributes, rng.integers(3, 5)),
              "sign": lambda: [attributes()] * (rng.random() < 0.3)}[kind]()
-    size = lambda: "medium" if level == "lattice" else ("small", "large")[rng.integers(2)]  # noqa: E731
-    wanted = [Thing(color, 0, 0, shape, size()) for shape, color in pairs]
+    wanted = [Thing(color, 0, 0, shape, random_size(rng, level)) for shape, color in pairs]
     if kind == "group" and rng.random() < 0.5:  # half of the groups are of one size
         wanted = [Thing(t.color, 0, 0, t.shape, wanted[0].size) for t in wanted]
     if kind == "sign":
         wanted = [Thing(attributes()[1], 0, 0, word=random_word(rng, held_out))] + wanted
     return Scene(list(BACKGROUNDS)[rng.integers(4)], place(rng, wanted, level, columns, rows), columns, rows)
+
+
+def random_size(rng, level):
+    return "medium" if level == "lattice" else ("small", "large")[rng.integers(2)]
 
 
 def random_word(rng, held_out=False):
@@ -127,13 +130,18 @@ def place(rng, things, level, columns, rows):
     while True:  # a fresh start whenever the things placed first leave no room
         placed = []
         for thing in things:
-            for _ in range(50):
-                moved = one_place(rng, thing, level, columns, rows)
-                if not any(touching(moved, other) for other in placed):
-                    placed.append(moved)
-                    break
+            if moved := free_place(rng, thing, placed, level, columns, rows):
+                placed.append(moved)
         if len(placed) == len(things):
             return tuple(placed)
+
+
+def free_place(rng, thing, others, level, columns, rows, fits=lambda moved: True, attempts=50):
+    """The thing where it touches none of the others and fits; or None."""
+    for _ in range(attempts):
+        moved = one_place(rng, thing, level, columns, rows)
+        if not any(touching(moved, other) for other in others) and fits(moved):
+            return moved
 
 
 def one_place(rng, thing, level, columns, rows):
@@ -211,14 +219,6 @@ def changed(scene, members, **fields):
     return replace(scene, things=tuple(replace(t, **fields) if k in members else t for k, t in enumerate(scene.things)))
 
 
-def placed_anew(rng, scene, thing, others, level, left="", attempts=50):
-    """The thing where it touches none of the others, in another ninth than `left`; or None."""
-    for _ in range(attempts):
-        moved = one_place(rng, thing, level, scene.columns, scene.rows)
-        if not any(touching(moved, other) for other in others) and where(moved, scene) != left:
-            return moved
-
-
 def recolor(rng, scene, look, members, level):
     color = other_color(rng, scene.things[members[0]])
     return f"make {called(scene, look, members)} {color}", changed(scene, members, color=color)
@@ -238,15 +238,15 @@ def remove(rng, scene, look, members, level):
 def add(rng, scene, look, members, level):
     color = list(COLORS)[rng.integers(8)]
     shapes = [shape for shape in SHAPES if (shape, color) not in HELD_OUT_PAIRS]
-    size = "medium" if level == "lattice" else ("small", "large")[rng.integers(2)]
-    new = len(scene.things) < 4 and placed_anew(rng, scene, Thing(color, 0, 0, shapes[rng.integers(len(shapes))], size), scene.things, level)
+    size = random_size(rng, level)
+    new = len(scene.things) < 4 and free_place(rng, Thing(color, 0, 0, shapes[rng.integers(len(shapes))], size), scene.things, level, scene.columns, scene.rows)
     return new and (f"add {named(new)} at the {where(new, scene)}", replace(scene, things=(*scene.things, new)))
 
 
 def move(rng, scene, look, members, level):
     k, *more = members
-    others = [t for j, t in enumerate(scene.things) if j != k]
-    new = not more and placed_anew(rng, scene, scene.things[k], others, level, where(scene.things[k], scene))
+    others, left = [t for j, t in enumerate(scene.things) if j != k], where(scene.things[k], scene)
+    new = not more and free_place(rng, scene.things[k], others, level, scene.columns, scene.rows, fits=lambda moved: where(moved, scene) != left)
     return new and (f"move {called(scene, look, members)} to the {where(new, scene)}", changed(scene, members, x=new.x, y=new.y))
 
 

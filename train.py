@@ -467,10 +467,14 @@ def inherited(cfg):
     return replace(cfg, weights=cfg.init_from, shift=cfg.shift or start["shift"] * shift_alpha(cfg.resolution ** 2, start["resolution"] ** 2), **taken)
 
 
+def start_config(cfg):
+    """The arguments of the MM-DiT that finetune and edit go on from; of other stages, none."""
+    return checkpoint.read_object(Path(cfg.init_from) / "mmdit.json") if cfg.stage in FROM_A_MODEL else {}
+
+
 def architecture(cfg, sizes, channels):
     """MMDiT's arguments. App. D: the picture to edit lies beside the latents, on the channels."""
-    patches = cfg.resolution // 16
-    start = checkpoint.read_object(Path(cfg.init_from) / "mmdit.json") if cfg.stage in FROM_A_MODEL else {}
+    patches, start = cfg.resolution // 16, start_config(cfg)
     more = {"dual_attention_blocks": start["dual_attention_blocks"]} if start.get("dual_attention_blocks") else {}
     more |= {"out_channels": channels} if cfg.stage == "edit" else {}
     return dict(depth=cfg.depth, in_channels=2 * channels if cfg.stage == "edit" else channels, context_dim=sizes.t5, pooled_dim=sizes.clip_l + sizes.clip_g,
@@ -479,14 +483,14 @@ def architecture(cfg, sizes, channels):
 
 def add_qk_norms(cfg, model, latents, context, pooled, form):
     """To an MM-DiT that was trained without (Sec. 5.3.2): their scales are fitted to at most 64 validation samples."""
-    if not (cfg.stage in FROM_A_MODEL and cfg.qk_norm and not checkpoint.read_json(Path(cfg.init_from) / "mmdit.json").get("qk_norm", True)):
+    if not cfg.qk_norm or start_config(cfg).get("qk_norm", True):
         return
-    generator, channels = torch.Generator().manual_seed(cfg.seed), model.x_embedder.proj.in_channels
+    generator = torch.Generator().manual_seed(cfg.seed)
     latents, context, pooled = (x[:64] for x in (latents, context, pooled))
+    latents, source = latents.split(latent_channels(model), 1)
     t = shift(form.sample_t(len(latents), generator), cfg.shift)
-    made = latent_channels(model)[0]
-    z = form.interpolate(latents[:, :made], torch.randn(latents[:, :made].shape, generator=generator), t)
-    fit_qk_norms(model, torch.cat([form.input(z, t), latents[:, made:channels]], 1), t, context, pooled)
+    z = form.interpolate(latents, torch.randn(latents.shape, generator=generator), t)
+    fit_qk_norms(model, torch.cat([form.input(z, t), source], 1), t, context, pooled)
 
 
 def fixed_edits(cfg, bundle, held_out, channels):
