@@ -537,7 +537,7 @@ def run_bundle(cfg, dataset):
     if missing and not distributed.rank():
         checkpoint.copy_parts(cfg.weights, cfg.out, missing)
     config = {"clip_length": cfg.clip_length, "t5_length": cfg.t5_length, "resolution": cfg.resolution, "formulation": cfg.formulation,
-              "shift": cfg.shift, "steps": 28, "cfg": cfg.cfg, "sampler": "euler", "unconditional": "zeros", "data": cfg.data, **({"image_cfg": 1.5} if cfg.stage == "edit" else {})}
+              "shift": cfg.shift, "steps": 14, "cfg": cfg.cfg, "sampler": "abm2", "unconditional": "zeros", "data": cfg.data, **({"image_cfg": 1.5} if cfg.stage == "edit" else {})}
     if not distributed.rank():
         checkpoint.write_json(Path(cfg.out) / "config.json", config)
     distributed.barrier()

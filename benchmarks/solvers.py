@@ -77,10 +77,10 @@ def main(cfg):
                              "median": off.median().item(), "flips": int((off > 0.1).sum()), "success": success(z)})
                 print("{solver:10} {evaluations:4} grid {grid:8} error {error:.4f} median {median:.4f} flips {flips:3} success {success:.3f}".format(**rows[-1]), flush=True)
                 checkpoint.write_json(out / "solvers.json", {"weights": cfg.weights, "guidance": bundle.config["cfg"], "pictures": len(todo), "rows": rows})
-    checkpoint.write(out / "solvers.png", lambda temporary: draw(rows, temporary))
+    checkpoint.write(out / "solvers.png", lambda temporary: draw(rows, len(todo), temporary))
 
 
-def draw(rows, path):
+def draw(rows, pictures, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -92,8 +92,11 @@ def draw(rows, path):
             axis.plot([r["evaluations"] for r in best], [r[key] for r in best], "o-", label=solver)
     for axis, key in zip(axes, ("median", "success")):
         axis.set(xscale="log", xlabel="evaluations of the guided velocity", ylabel=key)
+        axis.set_xticks(sorted({r["evaluations"] for r in rows[1:]}), labels=sorted({r["evaluations"] for r in rows[1:]}))
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].set(yscale="log", ylabel="median relative error")
+    axes[0].set(yscale="log", ylabel="median relative error, best grid")
+    axes[1].set_ylabel(f"share exactly right of {pictures}")
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(path, format="png")
