@@ -389,7 +389,7 @@ def finish(out, shards, skipped):
 # ---------------------------------------------------------------------------------------------------------------
 # De-duplication (App. E.2): clusters by k-means, Alg. 1 in each
 
-def duplicates(vectors, threshold, block=256):
+def duplicates(vectors, threshold, block=512):
     """Alg. 1 on the unit vectors (n, D) of a cluster: for each item the one that made it a duplicate, (n,), or -1.
 
     Items are taken in order; one that is no duplicate itself makes duplicates of all others whose cosine similarity reaches the threshold. Items before it
@@ -397,12 +397,12 @@ def duplicates(vectors, threshold, block=256):
     of = torch.full((len(vectors),), -1)
     for start in range(0, len(vectors), block):
         rows = start + torch.nonzero(of[start:start + block] < 0).flatten()
-        similar = vectors[rows] @ vectors[start:].T >= threshold                 # (rows, n - start): the range search
-        similar[torch.arange(len(rows)), rows - start] = False
-        hits = similar.any(1)
-        for item, row in zip(rows[hits].tolist(), similar[hits]):
+        cosine = vectors[rows] @ vectors[start:].T                               # (rows, n - start): the range search
+        cosine[torch.arange(len(rows)), rows - start] = -torch.inf               # of itself no item is a duplicate
+        hits = torch.nonzero(cosine.amax(1) >= threshold).flatten()
+        for item, row in zip(rows[hits].tolist(), cosine[hits]):
             if of[item] < 0:
-                found = item + torch.nonzero(row[item - start:]).flatten()
+                found = item + torch.nonzero(row[item - start:] >= threshold).flatten()
                 of[found[of[found] < 0]] = item
     return of
 
