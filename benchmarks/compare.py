@@ -4,7 +4,8 @@
     python benchmarks/compare.py --rows "train,sample" --repeats 5
 
 The candidates of a row run in turns, so that what else the machine does meets them alike. A ratio is the median over the rounds of a peer's time
-over ours: above 1, ours is faster. Peak memory: what the resident set grows by in one call (Linux). Leaves benchmarks/results/compare.json and .png.
+over ours: above 1, ours is faster. Floor: the row's operations at the machine's peak; beside it, where ours spends its time. Peak memory: what the
+resident set grows by in one call (Linux). Leaves benchmarks/results/compare.json and .png.
 """
 
 import sys
@@ -216,7 +217,8 @@ def optimizer_row(depth, compiled=False):
 
     def mine():
         fused.step()
-        torch._foreach_lerp_(list(averaged.parameters()), [p.detach() for p in ours.parameters()], 0.01)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), list(ours.parameters()), 0.01)
         return averaged.x_embedder.proj.weight
 
     def theirs():
@@ -312,6 +314,15 @@ def difference(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+def profile(run):
+    """{kernel: its share of the time in kernels}, of one call, those above 2 %."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run()
+    times = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profiler.key_averages()}
+    total = sum(times.values())
+    return {kernel: time / total for kernel, time in sorted(times.items(), key=lambda item: -item[1]) if time > 0.02 * total}
+
+
 def compare(name, cfg, peak):
     """A row of the table."""
     candidates = ROWS[name](compiled=cfg.compile)
@@ -325,7 +336,7 @@ def compare(name, cfg, peak):
                 raise ValueError(f"{name}: {other} differs from {first} by {off:.2g}")
     peaks = {candidate: memory(run) for candidate, run in candidates.items()}
     times = measure(candidates, cfg.repeats, cfg.seconds)
-    row = {"row": name, "gflop": flops / 1e9, "rounds": len(times[first]), "candidates": {}}
+    row = {"row": name, "gflop": flops / 1e9, "rounds": len(times[first]), "floor": flops / 1e9 / peak, "profile": profile(candidates[first]), "candidates": {}}
     for candidate in candidates:
         ratios = np.array(times[candidate]) / np.array(times[first])
         seconds = float(np.median(times[candidate]))
@@ -335,7 +346,7 @@ def compare(name, cfg, peak):
 
 
 def printed(row):
-    lines = []
+    lines = [f"{row['row']:45} floor {1e3 * row['floor']:.1f} ms; {', '.join(f'{kernel} {100 * share:.0f} %' for kernel, share in row['profile'].items())}"]
     for candidate, c in row["candidates"].items():
         size = "" if c["bytes"] is None else f"{c['bytes'] / 2 ** 20:8.0f} MiB"
         lines.append(f"{row['row']:45} {candidate:30} {1e3 * c['seconds']:9.1f} ms  {c['ratio']:5.2f} ({c['low']:.2f} - {c['high']:.2f})  "
@@ -356,7 +367,7 @@ def draw(rows, path):
     axis.tick_params(labelsize=6)
     axis.set_xlabel("time of the peer over ours")
     figure.tight_layout()
-    figure.savefig(path, format="png", dpi=150)
+    figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
