@@ -336,12 +336,13 @@ def compare(name, cfg, peak):
                 raise ValueError(f"{name}: {other} differs from {first} by {off:.2g}")
     peaks = {candidate: memory(run) for candidate, run in candidates.items()}
     times = measure(candidates, cfg.repeats, cfg.seconds)
-    row = {"row": name, "gflop": flops / 1e9, "rounds": len(times[first]), "floor": flops / 1e9 / peak, "profile": profile(candidates[first]), "candidates": {}}
+    floor = flops / 1e9 / peak
+    row = {"row": name, "gflop": flops / 1e9, "rounds": len(times[first]), "floor": floor, "profile": profile(candidates[first]), "candidates": {}}
     for candidate in candidates:
         ratios = np.array(times[candidate]) / np.array(times[first])
         seconds = float(np.median(times[candidate]))
         row["candidates"][candidate] = {"seconds": seconds, "ratio": float(np.median(ratios)), "low": float(np.quantile(ratios, 0.25)),
-                                        "high": float(np.quantile(ratios, 0.75)), "peak_share": flops / 1e9 / seconds / peak, "bytes": peaks[candidate]}
+                                        "high": float(np.quantile(ratios, 0.75)), "peak_share": floor / seconds, "bytes": peaks[candidate]}
     return row
 
 

@@ -90,13 +90,13 @@ def draw(rows, pictures, path):
         best = [min((r for r in rows if (r["solver"], r["evaluations"]) == (solver, n)), key=lambda r: r["median"]) for n in budgets]
         for axis, key in zip(axes, ("median", "success")):
             axis.plot([r["evaluations"] for r in best], [r[key] for r in best], "o-", label=solver)
-    for axis, key in zip(axes, ("median", "success")):
-        axis.set(xscale="log", xlabel="evaluations of the guided velocity", ylabel=key)
-        axis.set_xticks(sorted({r["evaluations"] for r in rows[1:]}), labels=sorted({r["evaluations"] for r in rows[1:]}))
+    ticks = sorted({r["evaluations"] for r in rows[1:]})
+    for axis, label in zip(axes, ("median relative error, best grid", f"share exactly right of {pictures}")):
+        axis.set(xscale="log", xlabel="evaluations of the guided velocity", ylabel=label)
+        axis.set_xticks(ticks, labels=ticks)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].set(yscale="log", ylabel="median relative error, best grid")
-    axes[1].set_ylabel(f"share exactly right of {pictures}")
+    axes[0].set_yscale("log")
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(path, format="png")
