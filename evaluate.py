@@ -465,6 +465,8 @@ class EvaluateConfig:
     cfg: float = flag(-1.0, "guidance scale; -1: the bundle's", "sampling")
     shift: float = flag(0.0, "timestep shift; 0: the bundle's", "sampling")
     sampler: str = flag("", "ODE solver; empty: the bundle's", "sampling")
+    width: int = flag(0, "of the categories' pictures, pixels; 0: the bundle's", "sampling")
+    height: int = flag(0, "likewise", "sampling")
 
 
 def evaluate_edits(bundle, cfg, sampling):
@@ -480,7 +482,7 @@ def evaluate_edits(bundle, cfg, sampling):
 def main():
     cfg = parse_config(EvaluateConfig, description=__doc__)
     bundle = checkpoint.load_bundle(cfg.weights)
-    sampling = {name: getattr(cfg, name) for name in ("steps", "cfg", "shift", "sampler")}
+    sampling = {name: getattr(cfg, name) for name in ("steps", "cfg", "shift", "sampler")} | {name: getattr(cfg, name) or None for name in ("width", "height")}
     if latent_channels(bundle.mmdit)[1]:
         return evaluate_edits(bundle, cfg, sampling)
     scores = {}
