@@ -203,6 +203,14 @@ def test_geneval_and_typography_count_right(monkeypatch):
     assert evaluate.typography(None, 10, 5, wrong=("typography",)) == {"letters": 0.0, "words": 0.0}
 
 
+def test_the_command_takes_other_sizes(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--weights", str(tiny), "--quick", "--prompts", "2", "--steps", "1", "--width", "48", "--height", "32", "--out", str(tmp_path)])
+    evaluate.main()
+    assert {"seen pairs", "unseen pairs"} == checkpoint.read_object(tmp_path / "scores.json").keys() and '"overall"' in capsys.readouterr().out
+    with Image.open(tmp_path / "unseen-pairs-two-objects.png") as drawn:
+        assert drawn.size == (8 * 48 + 7 * 2, 32)
+
+
 def test_autoencoder_score_of_the_identity_and_of_gray():
     same = SimpleNamespace(config={"resolution": 64}, vae=SimpleNamespace(to_latents=lambda x, sample: x, decode=lambda z: z))
     assert evaluate.autoencoder(same, "lattice", 20) == {"psnr": math.inf, "detector": 1.0}
