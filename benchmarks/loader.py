@@ -1,9 +1,9 @@
-"""How fast training is fed: batches from `latents:`, and from pictures and captions through the frozen parts, against what a training step eats.
+"""How fast `latents:` feed training, against what its steps eat.
 
     python data.py precompute --samples 8192 --out runs/latents
     python benchmarks/loader.py --latents runs/latents            # benchmarks/results/loader.json
 
-A second of warm-up, then each source for --seconds; training steps on one batch of the miniature's size, forward, backward and update, are timed likewise.
+Each after a second of warm-up. The steps are those of the bundle's MM-DiT on one batch: forward, backward, update.
 """
 
 import sys
@@ -29,16 +29,15 @@ class Config:
 
 def rate(batches, batch_size, seconds):
     """Samples a second, after a second of warm-up."""
-    begun, n = time.perf_counter(), 0
+    begun, start, n = time.perf_counter(), None, 0
     for _ in batches:
         now = time.perf_counter()
-        if now - begun < 1 and not n:
-            continue
-        if not n:
+        if start is not None:
+            n += 1
+        elif now - begun > 1:
             start = now
-        n += 1
-        if now - start > seconds:
-            return (n - 1) * batch_size / (now - start)
+        if start is not None and now - start > seconds:
+            return n * batch_size / (now - start)
 
 
 def steps(bundle, cfg, batch):
@@ -65,20 +64,19 @@ def main(cfg):
     import torch
 
     import checkpoint
-    from data import Shapes, open_data
+    from data import open_data
     from pipeline import conditioned_batches, precision
     from train import TrainConfig
     torch.set_num_threads(cfg.threads)
     bundle = checkpoint.load_bundle(cfg.weights)
     run = replace(TrainConfig(), stage="pretrain", batch_size=cfg.batch_size, workers=cfg.workers, lr=1e-3, muon_lr=0.01, steps=1000, device="cpu", resolution=bundle.config["resolution"])
     stored = open_data(f"latents:{cfg.latents}", run.resolution, run.resolution)
-    rates = {"from latents": rate(conditioned_batches(stored, bundle, run), cfg.batch_size, cfg.seconds),
-             "from pictures, encoded": rate(conditioned_batches(Shapes("lattice", run.resolution, run.resolution), bundle, run), cfg.batch_size, cfg.seconds)}
+    rates = {"latents": rate(conditioned_batches(stored, bundle, run), cfg.batch_size, cfg.seconds)}
     batch = next(conditioned_batches(stored, bundle, replace(run, workers=0)))
-    rates[f"training, {precision(run)}"] = rate(steps(bundle, run, batch), cfg.batch_size, cfg.seconds)
+    rates["training"] = rate(steps(bundle, run, batch), cfg.batch_size, cfg.seconds)
     for name, value in rates.items():
-        print(f"{name:24} {value:8.0f} samples/s")
-    checkpoint.write_json(Path(cfg.out) / "loader.json", {"config": vars(cfg), "samples a second": rates})
+        print(f"{name:16} {value:8.0f} samples/s")
+    checkpoint.write_json(Path(cfg.out) / "loader.json", {"config": vars(cfg), "precision": str(precision(run)), "samples a second": rates})
 
 
 if __name__ == "__main__":
