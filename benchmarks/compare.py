@@ -5,7 +5,7 @@
 
 The candidates of a row run in turns, so that what else the machine does meets them alike. A ratio is the median over the rounds of a peer's time
 over ours: above 1, ours is faster. Floor: the row's operations at the machine's peak; beside it, where ours spends its time. Peak memory: what the
-resident set grows by in one call (Linux). Leaves benchmarks/results/compare.json and .png.
+resident set grows by in one call (Linux). Leaves benchmarks/results/compare.json and .png; rows that are not measured anew stay in them.
 """
 
 import sys
@@ -71,6 +71,8 @@ def randomized(module, seed=0):
 def given(peer, ours, layout):
     """The peer with our weights, under the names of its layout."""
     state = {name: part.contiguous() for key, value in ours.state_dict().items() for name, part in zip(layout.names(key), layout.split(key, value))}
+    if "encoder.embed_tokens.weight" in peer.state_dict():  # of a T5 of transformers, which names its table twice
+        state["encoder.embed_tokens.weight"] = state["shared.weight"]
     peer.load_state_dict(state, strict=True)
     return peer.eval()
 
@@ -381,17 +383,19 @@ def main():
         raise ValueError(f"no row is named like {cfg.rows}; there are: {'; '.join(ROWS)}")
     peak = peak_gflops()
     print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}: matrix product {peak:.0f} GFLOP/s", flush=True)
-    rows = []
+    path, rows = Path(cfg.out) / "compare.json", {}
+    if path.exists():
+        rows = {row["row"]: row for row in checkpoint.read_object(path)["rows"]}
     for name in chosen:
         try:
-            rows.append(compare(name, cfg, peak))
+            rows[name] = compare(name, cfg, peak)
         except ImportError as error:
             print(f"{name}: skipped, {error}")
             continue
-        print(printed(rows[-1]), flush=True)
-        result = {"peak_gflops": peak, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
-        checkpoint.write_json(Path(cfg.out) / "compare.json", result)
-    checkpoint.write(Path(cfg.out) / "compare.png", lambda temporary: draw(rows, temporary))
+        print(printed(rows[name]), flush=True)
+        result = {"peak_gflops": peak, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": [rows[name] for name in ROWS if name in rows]}
+        checkpoint.write_json(path, result)
+    checkpoint.write(Path(cfg.out) / "compare.png", lambda temporary: draw([rows[name] for name in ROWS if name in rows], temporary))
 
 
 if __name__ == "__main__":
