@@ -41,7 +41,8 @@ class TrainConfig:
     batch_size: int = flag(0, "samples a step, over all processes; 0: the stage's default", "optimization")
     grad_accum: int = flag(1, "micro-batches that a process's part of the batch is cut into: less memory, the same training", "optimization")
     lr: float = flag(0.0, "learning rate of AdamW; 0: the stage's default", "optimization")
-    muon_lr: float = flag(0.0, "learning rate of Muon on the hidden matrices; 0: the stage's default, -1: AdamW for all", "optimization")
+    optimizer: str = flag("auto", "muon: on the hidden matrices, with AdamW on the rest; adamw: on all; auto: muon, for stage clip adamw", "optimization", choices=("auto", "muon", "adamw"))
+    muon_lr: float = flag(0.0, "learning rate of Muon; 0: the stage's default", "optimization")
     warmup: int = flag(100, "steps of linear warm-up", "optimization")
     lr_schedule: str = flag("linear", "how the learning rate falls to zero over the last steps, or not", "optimization", choices=("constant", "linear", "cosine"))
     decay: float = flag(0.7, "last share of the steps, over which the learning rate falls to zero", "optimization")
@@ -90,7 +91,7 @@ class TrainConfig:
 
 # What a stage of the miniature takes unless a flag says otherwise; measured on 2 cores (README).
 DEFAULTS = {"vae": dict(steps=12000, batch_size=16, lr=1e-3, muon_lr=0.02),
-            "clip": dict(steps=1200, batch_size=128, lr=1e-3, muon_lr=-1.0, grad_accum=1),
+            "clip": dict(steps=1200, batch_size=128, lr=1e-3, optimizer="adamw", grad_accum=1, muon_lr=0.02),
             "t5": dict(steps=1000, batch_size=64, lr=1e-3, muon_lr=0.01),
             "pretrain": dict(steps=14000, batch_size=64, lr=1e-3, muon_lr=0.02, shift=2.0),
             "finetune": dict(steps=4000, batch_size=64, lr=5e-4, muon_lr=0.01),
@@ -624,7 +625,7 @@ TRAIN = {**FROM_NOTHING, "finetune": train_mmdit, "edit": train_mmdit}
 
 def with_defaults(cfg, stage):
     """The settings of one stage of `cfg.stage`."""
-    taken = {k: v for k, v in DEFAULTS[stage].items() if not getattr(cfg, k) or (cfg.stage == "all" and stage != "pretrain")}
+    taken = {k: v for k, v in DEFAULTS[stage].items() if getattr(cfg, k) in (0, "auto") or (cfg.stage == "all" and stage != "pretrain")}
     return replace(cfg, stage=stage, **taken)
 
 

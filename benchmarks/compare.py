@@ -366,6 +366,7 @@ def draw(rows, path):
     axis.barh([f"{name}: {candidate}" for name, candidate, _ in pairs], [c["ratio"] for *_, c in pairs],
               xerr=np.array([[c["ratio"] - c["low"], c["high"] - c["ratio"]] for *_, c in pairs]).T)
     axis.axvline(1, color="black", linewidth=0.8)
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     axis.tick_params(labelsize=6)
     axis.set_xlabel("time of the peer over ours")

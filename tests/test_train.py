@@ -237,7 +237,7 @@ def test_settings_change_the_weights(run, tiny, tmp_path, monkeypatch):
 
     plain = trained("plain")
     assert same(plain, trained("again"))
-    changes = dict(seed=1, lr=2e-3, muon_lr=0.01, warmup=1, decay=1.0, weight_decay=0.5, clip_grad=0.01, ema_decay=0.1, ema_every=2, lr_schedule="constant",
+    changes = dict(seed=1, lr=2e-3, optimizer="adamw", muon_lr=0.01, warmup=1, decay=1.0, weight_decay=0.5, clip_grad=0.01, ema_decay=0.1, ema_every=2, lr_schedule="constant",
                    formulation="rf", shift=3.0, text_dropout=1.0,
                    synthetic_share=1.0, reuse=1, qk_norm=False, weight_sets=3, batch_size=2, chunk=4, init_from=str(tmp_path / "plain"))
     for name, value in changes.items():
@@ -269,6 +269,8 @@ def test_defaults_and_flags_agree(run, tmp_path, monkeypatch):
     run(stage="all", out=str(tmp_path), steps=7)
     assert (seen[0].steps, seen[0].lr, seen[0].muon_lr) == (3, 5.0, DEFAULTS["vae"]["muon_lr"])
     assert [(cfg.stage, cfg.steps) for cfg in seen[1:]] == [("vae", 3), ("clip", 3), ("t5", 3), ("pretrain", 7)]
+    run(stage="clip", out=str(tmp_path), steps=0, optimizer="muon")
+    assert seen[2].optimizer == "adamw" and seen[-1].optimizer == "muon" and seen[-1].muon_lr > 0
 
 
 # ---- the loop
@@ -284,7 +286,7 @@ def test_mean_of_rows():
 
 def fitted(folder, steps, record=None, validate=lambda module, step: {}, **settings):
     """train.fit on a linear module; `record` collects its weights at the beginning of each step."""
-    cfg = replace(TINY, stage="vae", out=str(folder), steps=steps, warmup=1, decay=0.0, lr=0.1, muon_lr=-1.0, **settings)
+    cfg = replace(TINY, stage="vae", out=str(folder), steps=steps, warmup=1, decay=0.0, lr=0.1, optimizer="adamw", **settings)
     torch.manual_seed(0)
 
     def loss_of(module, batch, noise):
@@ -382,7 +384,7 @@ def test_muon_takes_hidden_weights_and_adamw_the_rest():
     for optimizer in (muon, adamw):
         optimizer.step()
     assert all(not before[name].equal(p) for name, p in vae.named_parameters() if p.grad.any())       # Muon's steps reach the kernels themselves
-    assert len(train.make_optimizers(vae, replace(TINY, lr=1e-3, muon_lr=-1.0))) == 1
+    assert len(train.make_optimizers(vae, replace(TINY, lr=1e-3, muon_lr=0.02, optimizer="adamw"))) == 1
 
 
 def test_muon_is_torchs_in_float32():
@@ -457,7 +459,7 @@ def test_finetuning_at_twice_the_resolution(run, quick, tiny, tmp_path, monkeypa
 
 def test_editing_starts_from_the_pretrained_function(run, quick, tiny, tmp_path):
     """With a learning rate of nearly nothing the model makes what its start makes, whatever picture lies beside; then it is trained to look at it."""
-    run(stage="edit", out=str(tmp_path / "same"), init_from=str(tiny), steps=1, lr=1e-12, muon_lr=-1.0)
+    run(stage="edit", out=str(tmp_path / "same"), init_from=str(tiny), steps=1, lr=1e-12, optimizer="adamw")
     start, same_ = (checkpoint.load_bundle(folder).mmdit for folder in (tiny, tmp_path / "same"))
     latents, *rest = (torch.randn(shape) for shape in ((2, 4, 4, 4), (2,), (2, 40, 32), (2, 20)))
     beside = torch.randn(2, 4, 4, 4)
