@@ -160,6 +160,7 @@ class DPOConfig(TrainConfig):
     ema_decay: float = again("ema_decay", 0.99)
     beta: float = flag(2000.0, "strength of the loss: the larger, the nearer to the reference the model stays (Wallace et al. take 2000 to 5000)", "optimization")
     rank: int = flag(128, "of the LoRA", "model")
+    optimizer: str = again("optimizer", "adamw")
     alpha: float = flag(0.0, "the LoRA's update is multiplied with alpha / rank; 0: the rank", "model")
     chunk: int = again("chunk", 1024)
     eval_every: int = again("eval_every", 500)

@@ -465,8 +465,8 @@ class EvaluateConfig:
     cfg: float = flag(-1.0, "guidance scale; -1: the bundle's", "sampling")
     shift: float = flag(0.0, "timestep shift; 0: the bundle's", "sampling")
     sampler: str = flag("", "ODE solver; empty: the bundle's", "sampling")
-    width: int = flag(0, "of the categories' pictures, pixels; 0: the bundle's", "sampling")
-    height: int = flag(0, "likewise", "sampling")
+    width: int = flag(0, "of the pictures of the categories and of typography; 0: the bundle's", "sampling", unit="pixels")
+    height: int = flag(0, "likewise", "sampling", unit="pixels")
 
 
 def evaluate_edits(bundle, cfg, sampling):

@@ -46,15 +46,18 @@ def steps(bundle, cfg, batch):
 
     from flow import formulation
     from optim import make_optimizers
-    from pipeline import autocast, precision
-    latents, context, pooled = batch
+    from pipeline import precision
+    from train import gradients
     model, form = bundle.mmdit.train().requires_grad_(True), formulation(bundle.config["formulation"])
     optimizers = make_optimizers(model, cfg, precision(cfg))
+
+    def loss_of(latents, context, pooled):
+        out = lambda z, t: model(form.input(z, t), t, context, pooled).float()
+        return form.loss(out, latents, t=torch.rand(len(latents)), eps=torch.randn_like(latents)).mean(), {}
+
     while True:
-        with autocast(cfg):
-            loss = form.loss(lambda z, t: model(form.input(z, t), t, context, pooled).float(), latents, t=torch.rand(len(latents)), eps=torch.randn_like(latents)).mean()
         model.zero_grad(set_to_none=True)
-        loss.backward()
+        gradients(loss_of, batch, cfg)
         for optimizer in optimizers:
             optimizer.step()
         yield

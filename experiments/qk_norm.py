@@ -6,7 +6,6 @@ Watched in each block: the largest attention logit, and the mean entropy of the 
 of all blocks. A run that is no longer finite ends where it is, and is drawn up to there.
 """
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -33,14 +32,18 @@ class Config:
 
 
 def trained(cfg, name):
-    """The lines of the metrics of one run, and whether it came to its end."""
+    """The lines of the metrics of one run."""
+    from runs import Run
     folder = Path(cfg.runs) / name.lower()
+    if folder.exists():
+        raise ValueError(f"{folder} is there: another --runs keeps it")
     settings = {k: getattr(cfg, k) for k in ("weights", "steps", "batch_size", "depth", "lr", "muon_lr", "watch_every")} | {"log_every": cfg.watch_every, "eval_every": cfg.steps}
     flags = [word for k, v in settings.items() for word in ("--" + k.replace("_", "-"), str(v))]
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--stage", "pretrain", "--out", folder, RUNS[name], *flags])
-    if not (folder / "metrics.jsonl").exists():
+    subprocess.run([sys.executable, ROOT / "train.py", "--stage", "pretrain", "--out", folder, RUNS[name], *flags])
+    lines = Run.read(folder / "metrics.jsonl")
+    if not lines:
         raise ValueError(f"the run {folder} did not begin")
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], not done.returncode
+    return lines
 
 
 def curves(lines):
@@ -65,15 +68,14 @@ def draw(results, path):
 
 
 def main(cfg):
-    from checkpoint import write_json
+    from checkpoint import write, write_json
     results = {}
     for name in RUNS:
-        lines, ended = trained(cfg, name)
-        results[name] = {"ended": ended, "skipped": sum("bad_steps" in line for line in lines), "curves": curves(lines)}
+        lines = trained(cfg, name)
+        results[name] = {"ended": any("done" in line for line in lines), "skipped": sum("bad_steps" in line for line in lines), "curves": curves(lines)}
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "qk_norm.json", {"config": vars(cfg), **results})
-    draw(results, out / "qk_norm.png")
+    write(out / "qk_norm.png", lambda temporary: draw(results, temporary))
     for name, run in results.items():
         print(f"{name}: {'to the end' if run['ended'] else 'ended early'}, {run['skipped']} steps skipped, " + ", ".join(f"{title} {values[-1]:.3g}" for title, (_, values) in run["curves"].items()))
 
