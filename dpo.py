@@ -266,9 +266,11 @@ class PairsConfig:
     prompts: int = flag(350, "prompts of `shapes`, an equal share of each category and of signs", "prompts")
     samples: int = flag(8, "pictures a prompt", "prompts")
     per_prompt: int = flag(1, "pairs a prompt at most: best and worst, second best and second worst, ...", "prompts")
+    categories: str = flag("", "of `shapes`, which prompts, by commas: \"counting,position\"; empty: all, signs too", "prompts")
     seed: int = flag(0, "of prompts and noise; those of evaluate.py are others", "prompts")
     steps: int = flag(0, "steps of the sampler; 0: the bundle's", "sampling")
     cfg: float = flag(-1.0, "guidance scale; -1: the bundle's", "sampling")
+    batch_size: int = flag(0, "pictures drawn at once, of whole prompts; 0: those of one prompt", "sampling")
     device: str = flag("cpu", "cpu, cuda, mps", "machine")
 
 
@@ -367,7 +369,10 @@ def tasks_of(cfg, bundle, seed):
         return [evaluate.Task("", prompt, ()) for prompt in check_prompts([line.strip() for line in lines if line.strip()])]
     if not is_shapes(bundle.config):
         raise ValueError(f"{cfg.weights} is of no `shapes`, for which prompts can be made up: give --prompts-file FILE")
-    categories = (*evaluate.CATEGORIES, "typography")
+    known = (*evaluate.CATEGORIES, "typography")
+    categories = cfg.categories.split(",") if cfg.categories else known
+    if unknown := {*categories} - {*known}:
+        raise ValueError(f"--categories has {unknown.pop()!r}; known: {','.join(known)}")
     columns = [evaluate.tasks(category, -(-cfg.prompts // len(categories)), seed) for category in categories]
     return [task for row in zip(*columns) for task in row][:cfg.prompts]
 
@@ -381,20 +386,23 @@ def judge_of(cfg, tasks):
 
 def make_pairs(cfg):
     """Writes OUT/metadata.jsonl and the pictures that it names; judged.jsonl, a line a prompt, is what a stopped run goes on from."""
-    check_least(cfg, prompts=1, samples=2, per_prompt=1, seed=0, steps=0)
+    check_least(cfg, prompts=1, samples=2, per_prompt=1, seed=0, steps=0, batch_size=0)
     check_device(cfg.device)
     bundle, out = checkpoint.load_bundle(cfg.weights, cfg.device), Path(cfg.out)
     todo = tasks_of(cfg, bundle, 1000 + cfg.seed)
     judge = judge_of(cfg, todo)
-    claim(out, {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("out", "device")})
+    claim(out, {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("out", "device", "batch_size")})
     done = Run.read(out / "judged.jsonl")
-    for number in tqdm(range(len(done), len(todo)), "pairs", initial=len(done), total=len(todo), unit="prompt", disable=not sys.stderr.isatty()):
-        images = generate(bundle, [todo[number].prompt] * cfg.samples, seed=(1000 + cfg.seed) * 1_000_003 + number * cfg.samples, steps=cfg.steps, cfg=cfg.cfg)
-        scores = [] if judge == "person" else scores_of(bundle, judge, todo[number], images)
-        pairs = ranked(scores, cfg.per_prompt, APART.get(judge))
-        for k in range(cfg.samples) if judge == "person" else {k for pair in pairs for k in pair}:
-            save_png(Image.fromarray(images[k].numpy()), out / picture_name(number, k), {"prompt": todo[number].prompt})
-        done.append({"prompt": todo[number].prompt, "scores": scores, "pairs": pairs})
+    starts = range(len(done), len(todo), max(cfg.batch_size // cfg.samples, 1))
+    for start in tqdm(starts, "pairs", unit="batch", disable=not sys.stderr.isatty()):
+        part = todo[start:start + starts.step]
+        prompts, seed = [task.prompt for task in part for _ in range(cfg.samples)], (1000 + cfg.seed) * 1_000_003 + start * cfg.samples
+        for task, images in zip(part, generate(bundle, prompts, seed=seed, steps=cfg.steps, cfg=cfg.cfg).split(cfg.samples)):
+            scores = [] if judge == "person" else scores_of(bundle, judge, task, images)
+            pairs = ranked(scores, cfg.per_prompt, APART.get(judge))
+            for k in range(cfg.samples) if judge == "person" else {k for pair in pairs for k in pair}:
+                save_png(Image.fromarray(images[k].numpy()), out / picture_name(len(done), k), {"prompt": task.prompt})
+            done.append({"prompt": task.prompt, "scores": scores, "pairs": pairs})
         checkpoint.write(out / "judged.jsonl", lambda temporary: Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in done)))
     if judge == "person":
         if not (out / "choices.txt").exists():
@@ -423,6 +431,7 @@ class CompareConfig:
     out: str = flag("", "JSON file for the numbers", "run")
     prompts_file: str = flag("", "a text file with a prompt a line; empty: prompts of `shapes`", "prompts")
     prompts: int = flag(140, "prompts of `shapes`, an equal share of each category and of signs", "prompts")
+    categories: str = flag("", "of `shapes`, which prompts, by commas; empty: all, signs too", "prompts")
     samples: int = flag(4, "pictures a prompt of each model, from the same noise", "prompts")
     seed: int = flag(0, "of prompts and noise", "prompts")
     steps: int = flag(0, "steps of the sampler; 0: the bundle's", "sampling")
@@ -436,13 +445,14 @@ def diversity(images):
 
 
 def win_rate(ours, theirs, apart):
-    """Share of pairs of scores that the first wins; what is not `apart` is half a win."""
+    """(share of pairs of scores that the first wins, share that is decided); what is not `apart` is half a win."""
     difference = np.subtract(ours, theirs)
-    return float(np.where(np.abs(difference) < apart, 0.5, difference > 0).mean())
+    decided = np.abs(difference) >= apart
+    return float(np.where(decided, difference > 0, 0.5).mean()), float(decided.mean())
 
 
 def compare(cfg):
-    """Prints {'wins': share of pictures that beat the base's from the same noise, 'diversity': of a prompt's pictures, over the base's; 'right': {model: share exactly right}, of `shapes`}."""
+    """Prints {'wins': share of pictures that beat the base's from the same noise, 'decided': share that either wins, 'diversity': of a prompt's pictures, over the base's; 'right': {model: share exactly right}, of `shapes`}."""
     check_least(cfg, prompts=1, samples=2, seed=0, steps=0)
     check_device(cfg.device)
     after, before = (checkpoint.load_bundle(path, cfg.device) for path in (cfg.weights, cfg.base))
@@ -453,7 +463,8 @@ def compare(cfg):
         both = [generate(bundle, [task.prompt] * cfg.samples, seed=seed, steps=cfg.steps, cfg=cfg.cfg) for bundle in (after, before)]
         rows.append([(scores_of(before, judge, task, images), diversity(images)) for images in both])
     (ours, spread), (theirs, spread_before) = (zip(*column) for column in zip(*rows))
-    numbers = {"prompts": len(todo), "judge": judge, "wins": win_rate(ours, theirs, APART[judge]), "diversity": float(np.mean(spread) / np.mean(spread_before))}
+    wins, decided = win_rate(ours, theirs, APART[judge])
+    numbers = {"prompts": len(todo), "judge": judge, "wins": wins, "decided": decided, "diversity": float(np.mean(spread) / np.mean(spread_before))}
     if judge == "detector":
         numbers["right"] = {cfg.weights: float((np.array(ours) > 1).mean()), cfg.base: float((np.array(theirs) > 1).mean())}
     print(json.dumps(numbers, indent=1))

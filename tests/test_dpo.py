@@ -396,6 +396,24 @@ def test_make_pairs_by_a_program_goes_on_where_it_stopped(tiny, tmp_path, monkey
         dpo.make_pairs(dpo.replace(cfg, samples=4))
 
 
+@pytest.mark.parametrize("batch_size, calls", [(0, 3), (7, 2), (64, 1)])
+def test_pictures_of_several_prompts_are_drawn_at_once(tiny, tmp_path, monkeypatch, batch_size, calls):
+    drawn = []
+    monkeypatch.setattr(dpo, "is_shapes", lambda config: True)
+    monkeypatch.setattr(dpo, "generate", lambda *a, **k: drawn.append((a[1], k["seed"])) or drawing(*a, **k))
+    monkeypatch.setattr(dpo, "scores_of", lambda *a: [0.1, 0.9, 0.5])
+    cfg = dpo.PairsConfig(weights=str(tiny), out=str(tmp_path), prompts=3, samples=3, batch_size=batch_size, categories="counting,position")
+    with pytest.raises(ValueError, match="--categories has 'size'; known: single object,two objects,counting"):
+        dpo.make_pairs(dpo.replace(cfg, categories="counting,size"))
+    dpo.make_pairs(cfg)
+    assert len(drawn) == calls and sum(len(prompts) for prompts, _ in drawn) == 9
+    pairs = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert [pair["chosen"] for pair in pairs] == [f"0000{n}-1.png" for n in range(3)]
+    assert [any(word in pair["prompt"] for word in ("left of", "right of", "above", "below")) for pair in pairs] == [False, True, False]
+    pictures = torch.cat([drawing(None, prompts, seed) for prompts, seed in drawn])       # the noise of `drawing` is of the call, that of `generate` of the picture
+    assert (np.asarray(Image.open(tmp_path / "00001-1.png")) == pictures[4].numpy()).all()
+
+
 def test_make_pairs_by_a_person(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dpo, "generate", drawing)
     (tmp_path / "prompts.txt").write_text("a fox\n\na hen\na cow\n")
@@ -446,9 +464,9 @@ def test_compare_counts_wins_and_diversity(tiny, tmp_path, monkeypatch, capsys):
     checkpoint.copy_parts(tiny, tmp_path)
     dpo.compare(dpo.CompareConfig(weights=str(tmp_path), base=str(tiny), prompts=3, out=str(tmp_path / "numbers.json")))
     numbers = json.loads(capsys.readouterr().out)
-    assert numbers == checkpoint.read_json(tmp_path / "numbers.json") and numbers["wins"] == 1 and numbers["diversity"] == pytest.approx(0.5, abs=0.02)
+    assert numbers == checkpoint.read_json(tmp_path / "numbers.json") and numbers["wins"] == numbers["decided"] == 1 and numbers["diversity"] == pytest.approx(0.5, abs=0.02)
     assert numbers["right"] == {str(tmp_path): 1.0, str(tiny): 0.0} and numbers["prompts"] == 3
-    assert dpo.win_rate([1, 2, 3], [1.01, 1, 4], 0.05) == pytest.approx(0.5)
+    assert dpo.win_rate([1, 2, 3], [1.01, 1, 4], 0.05) == pytest.approx((0.5, 2 / 3))
 
 
 @pytest.mark.parametrize("command", re.findall(r"python dpo\.py ([^\n#`]*)|dpo\.py (train --[^\n#`]*)", (ROOT / "README.md").read_text() + dpo.__doc__), ids=str)
