@@ -38,7 +38,7 @@ def test_every_numbered_thing_has_one_row():
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_every_entry_resolves(row):
     assert len(row) == 5 and all(row)
-    for cell, folders in zip(row[2:], (["."], ["tests"], ["experiments", "benchmarks"])):
+    for cell, folders in zip(row[2:], (["."], ["tests"], ["experiments", "benchmarks", "."])):
         entries = NAMED.findall(cell)
         assert entries or cell in ("not yet", "-"), f"{cell!r} is no entry"
         assert re.fullmatch(r"(, |; [\w ,]+: not yet)*|not yet|-", NAMED.sub("", cell)), f"{cell!r}: what stands beside the entries?"
