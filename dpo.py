@@ -452,7 +452,8 @@ def win_rate(ours, theirs, apart):
 
 
 def compare(cfg):
-    """Prints {'wins': share of pictures that beat the base's from the same noise, 'decided': share that either wins, 'diversity': of a prompt's pictures, over the base's; 'right': {model: share exactly right}, of `shapes`}."""
+    """Prints {'wins': share of pictures that beat the base's from the same noise, 'decided': share that either wins, 'diversity': of a prompt's pictures, over the base's; 'right':
+    {model: share exactly right}, of `shapes`}."""
     check_least(cfg, prompts=1, samples=2, seed=0, steps=0)
     check_device(cfg.device)
     after, before = (checkpoint.load_bundle(path, cfg.device) for path in (cfg.weights, cfg.base))
