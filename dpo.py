@@ -369,10 +369,9 @@ def tasks_of(cfg, bundle, seed):
         return [evaluate.Task("", prompt, ()) for prompt in check_prompts([line.strip() for line in lines if line.strip()])]
     if not is_shapes(bundle.config):
         raise ValueError(f"{cfg.weights} is of no `shapes`, for which prompts can be made up: give --prompts-file FILE")
-    known = (*evaluate.CATEGORIES, "typography")
-    categories = cfg.categories.split(",") if cfg.categories else known
-    if unknown := {*categories} - {*known}:
-        raise ValueError(f"--categories has {unknown.pop()!r}; known: {','.join(known)}")
+    categories = cfg.categories.split(",") if cfg.categories else evaluate.KINDS
+    if unknown := {*categories} - {*evaluate.KINDS}:
+        raise ValueError(f"--categories has {unknown.pop()!r}; known: {','.join(evaluate.KINDS)}")
     columns = [evaluate.tasks(category, -(-cfg.prompts // len(categories)), seed) for category in categories]
     return [task for row in zip(*columns) for task in row][:cfg.prompts]
 

@@ -278,6 +278,7 @@ def read_letter(alpha, k, letters, cell):
 # GenEval's six categories (Ghosh et al. 2023) on `shapes`, and typography
 
 CATEGORIES = ("single object", "two objects", "counting", "colors", "position", "color attribution")
+KINDS = (*CATEGORIES, "typography")      # of prompts
 
 
 @dataclass(frozen=True)
@@ -290,8 +291,8 @@ class Task:
 
 
 def tasks(category, n, seed=0, unseen=False):
-    """`n` prompts of a category (or of 'typography'), with (shape, color) pairs and words seen in training, or only unseen ones."""
-    rng = np.random.default_rng((seed, (*CATEGORIES, "typography").index(category), unseen))
+    """`n` prompts of one of KINDS, with (shape, color) pairs and words seen in training, or only unseen ones."""
+    rng = np.random.default_rng((seed, KINDS.index(category), unseen))
     return [task(category, rng, unseen) for _ in range(n)]
 
 

@@ -510,7 +510,7 @@ def fixed_edits(cfg, bundle, held_out, channels):
 def fixed_prompts(cfg, held_out):
     """16 prompts for the sample grids."""
     if cfg.data.startswith("shapes"):
-        return [evaluate.tasks(category, 3)[k].prompt for k in range(3) for category in (*evaluate.CATEGORIES, "typography")][:16]
+        return [evaluate.tasks(category, 3)[k].prompt for k in range(3) for category in evaluate.KINDS][:16]
     captions = [pair[0] for pair in first_captions(held_out, 256)] if isinstance(held_out, Latents) else first(held_out, 256, cfg)[1]
     return list(dict.fromkeys(captions))[:16]
 

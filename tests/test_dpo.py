@@ -472,7 +472,9 @@ def test_compare_counts_wins_and_diversity(tiny, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("command", re.findall(r"python dpo\.py ([^\n#`]*)|dpo\.py (train --[^\n#`]*)", (ROOT / "README.md").read_text() + dpo.__doc__), ids=str)
 def test_commands_that_are_shown_parse(command):
     name, *flags = (command[0] or command[1]).split()
-    parse_config(*{"train": (dpo.DPOConfig, flags, "", dpo.FLAGS), "make-pairs": (dpo.PairsConfig, flags), "compare": (dpo.CompareConfig, flags)}[name])
+    config = parse_config(*{"train": (dpo.DPOConfig, flags, "", dpo.FLAGS), "make-pairs": (dpo.PairsConfig, flags), "compare": (dpo.CompareConfig, flags)}[name])
+    given = {word[2:].replace("-", "_"): value for word, value in zip(flags, flags[1:]) if word.startswith("--") and not value.startswith("--")}
+    assert {key: type(getattr(config, key))(value) for key, value in given.items()} == {key: getattr(config, key) for key in given}
 
 
 # ---- several processes

@@ -13,7 +13,7 @@ import checkpoint
 import data
 import evaluate
 from data import COLORS, HELD_OUT_PAIRS, HELD_OUT_WORDS, LEVELS, SHAPES, Scene, Shapes, Thing, render
-from evaluate import CATEGORIES, CLIPImageEncoder, Task, detect, judge, shows, tasks
+from evaluate import CATEGORIES, KINDS, CLIPImageEncoder, Task, detect, judge, shows, tasks
 from flow import formulation
 
 # ---- the detector on true pictures
@@ -159,7 +159,7 @@ def test_judge_of_signs():
     assert judge(task, [Thing("red", 2, 2, word="cab")]) == (True, True) and judge(task, [Thing("red", 2, 2, word="cat")]) == (False, False)
 
 
-@pytest.mark.parametrize("category", [*CATEGORIES, "typography"])
+@pytest.mark.parametrize("category", KINDS)
 def test_tasks(category):
     for unseen in (False, True):
         todo = tasks(category, 100, seed=3, unseen=unseen)
@@ -187,7 +187,7 @@ def picture_of(task):
 
 
 def test_geneval_and_typography_count_right(monkeypatch):
-    perfect = {t.prompt: t for category in (*CATEGORIES, "typography") for t in tasks(category, 10, 5)}
+    perfect = {t.prompt: t for category in KINDS for t in tasks(category, 10, 5)}
     asked = []
 
     def generate(bundle, prompts, seed, wrong=(), **settings):
