@@ -177,6 +177,12 @@ def watched(module, on):
             block.attention = attention
 
 
+def by_block(attentions, depth):
+    """What `watched` saw in a step, whose micro-batches went through the `depth` blocks one after another."""
+    blocks = [attentions[i::depth] for i in range(depth)]
+    return {"max_logits": [max(top.item() for top, _ in block) for block in blocks], "entropies": [np.mean([e.item() for _, e in block]) for block in blocks]}
+
+
 def gradients(network, columns, cfg):
     """Leaves the gradient of the batch's mean loss in the weights' .grad; -> this process's mean loss and [{name: number or list}] of each micro-batch."""
     losses, values = [], []
@@ -196,6 +202,42 @@ def timed(batches):
     for batch in batches:
         yield batch, time.perf_counter() - begun
         begun = time.perf_counter()
+
+
+class Meter:
+    """What the steps since the last line of the log gave, and how fast they were."""
+
+    def __init__(self, cfg, flops):
+        self.cfg, self.flops, self.peak = cfg, flops, flops and matrix_peak(cfg.device, precision(cfg)) * distributed.world()
+        self.reset()
+
+    def reset(self):
+        self.rows, self.steps, self.seconds, self.waited = [], 0, 0, 0
+
+    def add(self, rows, seconds, waited):
+        """Of a step: {name: number or list} of each micro-batch, none if it was skipped; how long it took, and of that the wait for data."""
+        self.rows += rows
+        self.steps, self.seconds, self.waited = self.steps + 1, self.seconds + seconds, self.waited + waited
+
+    def read(self):
+        """({name: mean over all processes}, {name: speed}), from which on it measures anew; two empty ones if every step was skipped."""
+        if not (rows := distributed.everyones(self.rows)):
+            return {}, {}
+        speed = {"rate": self.steps * self.cfg.batch_size / self.seconds, "waiting": self.waited / self.seconds, "memory": peak_memory(self.cfg.device) / 1e9}
+        if self.flops:
+            speed |= {"tflops": self.steps * self.flops / self.seconds / 1e12, "of_peak": self.steps * self.flops / self.seconds / self.peak}
+        self.reset()
+        return mean_of(rows), speed
+
+
+def mean_of(rows):
+    """The mean of each number, or of each place of a list of which some are None, over the rows."""
+    def mean(values):
+        if isinstance(values[0], list):
+            return [mean(column) for column in zip(*values)]
+        there = [v for v in values if v is not None]
+        return round(float(np.mean(there)), 7) if there else None
+    return {key: mean([row[key] for row in rows]) for key in rows[0]}
 
 
 def fit(cfg, module, data, draw, loss_of, validate, flops=0):
@@ -233,7 +275,7 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
             tqdm.write(f"{cfg.stage} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float)), file=sys.stderr)
         distributed.barrier()
 
-    recent, steps, seconds, waited, peak = [], 0, 0, 0, flops and matrix_peak(cfg.device, precision(cfg)) * distributed.world()
+    meter = Meter(cfg, flops)
     bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step", mininterval=1 if sys.stderr.isatty() else 30, disable=distributed.rank() > 0)
     with bar, noted_signals() as signals:
         for batch, waiting in timed(itertools.islice(data(step * cfg.batch_size), cfg.steps - step)):
@@ -247,11 +289,10 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
             norm = distributed.clip_gradients(module, cfg.clip_grad).item()
             loss, stopping = distributed.mean([loss, bool(signals)], cfg.device)   # the same in all processes: they stop at one step
             step += 1
-            if math.isfinite(loss) and math.isfinite(norm):
+            if finite := math.isfinite(loss) and math.isfinite(norm):
                 for optimizer in optimizers:
                     optimizer.step()
                 update_average(averages, trained, step, cfg)
-                recent += [{"loss": loss, "grad_norm": norm, **parts} for parts in values]
             else:
                 bad += 1
                 what = f"the {cfg.stage} loss is {loss} and its gradient {norm} at step {step}"
@@ -259,17 +300,15 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
                     raise ValueError(f"{what}, the {bad}. step that is not finite; {run.last_good()} (a smaller --lr may help)")
                 run.log(step, bad_steps=bad)
                 tqdm.write(f"{what}: skipped ({bad} so far)", file=sys.stderr)
-            steps, waited, seconds = steps + 1, waited + waiting, seconds + waiting + time.perf_counter() - begun
+            meter.add([{"loss": loss, "grad_norm": norm, **parts} for parts in values if finite], waiting + time.perf_counter() - begun, waiting)
             bar.update()
             if attentions:
-                blocks = [attentions[i::len(module.joint_blocks)] for i in range(len(module.joint_blocks))]
-                run.log(step, max_logits=[max(top.item() for top, _ in block) for block in blocks], entropies=[np.mean([e.item() for _, e in block]) for block in blocks])
-            if step % cfg.log_every == 0 and (rows := distributed.everyones(recent)):
-                speed = {"rate": steps * cfg.batch_size / seconds, "waiting": waited / seconds, "memory": peak_memory(cfg.device) / 1e9}
-                speed |= {"tflops": steps * flops / seconds / 1e12, "of_peak": steps * flops / seconds / peak} if flops else {}
-                run.log(step, **mean_of(rows), lr=optimizers[-1].param_groups[0]["lr"], **speed)
-                bar.set_postfix_str(f"loss {np.mean([r['loss'] for r in recent]):.4f}, " + ", ".join(f"{name} {value:.3g}" for name, value in speed.items()))
-                recent, steps, seconds, waited = [], 0, 0, 0
+                run.log(step, **by_block(attentions, len(module.joint_blocks)))
+            if step % cfg.log_every == 0:
+                means, speed = meter.read()
+                if means:
+                    run.log(step, **means, lr=optimizers[-1].param_groups[0]["lr"], **speed)
+                    bar.set_postfix_str(f"loss {means['loss']:.4f}, " + ", ".join(f"{name} {value:.3g}" for name, value in speed.items()))
             if step % cfg.eval_every == 0 and step < cfg.steps and not stopping:
                 evaluated()
             if (step % (cfg.checkpoint_every or cfg.eval_every) == 0 and step < cfg.steps) or stopping or (cfg.milestone_every and step % cfg.milestone_every == 0):
@@ -278,16 +317,6 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
                 raise SystemExit(f"\nstopped at step {step}; the same command with --resume goes on" if distributed.rank() == 0 else 1)
     evaluated()
     return averaged
-
-
-def mean_of(rows):
-    """The mean of each number, or of each place of a list of which some are None, over the rows."""
-    def mean(values):
-        if isinstance(values[0], list):
-            return [mean(column) for column in zip(*values)]
-        there = [v for v in values if v is not None]
-        return round(float(np.mean(there)), 7) if there else None
-    return {key: mean([row[key] for row in rows]) for key in rows[0]}
 
 
 # ---------------------------------------------------------------------------------------------------------------

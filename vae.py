@@ -47,7 +47,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         y = self.norm(x)
-        q, k, v = (f(y).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))   # (B, 1, N, D) each
+        q, k, v = (f(y).flatten(2).mT[:, None].contiguous() for f in (self.q, self.k, self.v))   # (B, 1, N, D) each; strided, they would get the kernel of O(N^2) memory
         y = F.scaled_dot_product_attention(q, k, v)                                 # (B, 1, N, D)
         return x + self.proj_out(y[:, 0].mT.reshape(x.shape))                       # (B, D, h, w)
 
@@ -198,18 +198,33 @@ def sample_gaussian(mean, logvar, generator=None, noise=None):
 
 # Tiling. Tiles of the picture would each have norms of their own, and seams; bands of rows, layer by layer, with the norms of the whole are exact.
 
+@torch.no_grad()
 def in_bands(coder, layers, x, rows):
-    """The layers, then the coder's last norm and convolution, one after another on all of x: of each only the input and the output are whole in memory."""
+    """The layers, then the coder's last norm and convolution, one after another on all of x, which is a list of bands. Whole in memory are at most a residual block's
+    input and what is between its convolutions, and never what an upsampling makes, four times its input: each reader makes its band anew."""
+    bands, made = list(x.split(rows, dim=2)), nn.Identity()
     for layer in flat(layers):
-        if isinstance(layer, ResnetBlock):
-            norm1 = whole_norm(layer.norm1, x)
-            y = banded(lambda x: layer.conv1(F.silu(norm1(x))), rows, x)
-            norm2 = whole_norm(layer.norm2, y)
-            x = banded(lambda x, y: layer.nin_shortcut(x) + layer.conv2(F.silu(norm2(y))), rows, x, y)
+        if isinstance(layer, Upsample):
+            made = layer
+        elif isinstance(layer, ResnetBlock):
+            bands = [part for band in resnet_in_bands(layer, made, bands) for part in band.split(rows, dim=2)]
+            made = nn.Identity()
+        elif isinstance(layer, AttnBlock):
+            bands = list(layer(torch.cat(bands, dim=2)).split(rows, dim=2))      # sees all positions, of which there are few
+        elif isinstance(layer, Downsample):
+            bands = list(torch.cat([*banded(layer, bands)], dim=2).split(rows, dim=2))
         else:
-            x = layer(x) if isinstance(layer, AttnBlock) else banded(layer, rows, x)      # attention sees all positions, of which there are few
-    norm = whole_norm(coder.norm_out, x)
-    return banded(lambda x: coder.conv_out(F.silu(norm(x))), rows, x)
+            bands = list(banded(layer, bands))
+    norm = whole_norm(coder.norm_out, bands)
+    return torch.cat([*banded(lambda x: coder.conv_out(F.silu(norm(x))), bands)], dim=2)
+
+
+def resnet_in_bands(block, made, xs):
+    """The bands of block(made(x)); takes those of x."""
+    norm1 = whole_norm(block.norm1, banded(made, xs))
+    ys = list(banded(lambda x: block.conv1(F.silu(norm1(made(x)))), xs))
+    norm2 = whole_norm(block.norm2, ys)
+    return banded(lambda x, y: block.nin_shortcut(made(x)) + block.conv2(F.silu(norm2(y))), xs, ys, take=True)
 
 
 def flat(layers):
@@ -217,27 +232,32 @@ def flat(layers):
         yield from flat(layer) if isinstance(layer, nn.Sequential) else [layer]
 
 
-def whole_norm(norm, x):
-    """The GroupNorm with the statistics of x, for bands of x."""
-    var, mean = torch.var_mean(x.unflatten(1, (norm.num_groups, -1)).flatten(2), dim=2, correction=0)      # (B, groups)
-    scale, mean = ((s.repeat_interleave(x.shape[1] // norm.num_groups, dim=1)) for s in ((var + norm.eps).rsqrt(), mean))
+def whole_norm(norm, bands):
+    """The GroupNorm with the statistics of all the bands, for each of them."""
+    vars_and_means, rows = zip(*((torch.stack(torch.var_mean(band.unflatten(1, (norm.num_groups, -1)).flatten(2), dim=2, correction=0)), band.shape[2]) for band in bands))
+    var, mean = torch.stack(vars_and_means, dim=-1)                                                        # (B, groups, bands)
+    share = mean.new_tensor(rows) / sum(rows)
+    whole = (share * mean).sum(dim=-1)
+    var = (share * (var + (mean - whole[..., None]).square())).sum(dim=-1)
+    scale, mean = (s.repeat_interleave(len(norm.weight) // norm.num_groups, dim=1) for s in ((var + norm.eps).rsqrt(), whole))
     scale = scale * norm.weight                                                                            # (B, D)
     shift = norm.bias - mean * scale
     return lambda band: torch.addcmul(shift[:, :, None, None], band, scale[:, :, None, None])
 
 
-def banded(layer, rows, *xs):
-    """layer(*xs), `rows` rows of the inputs at a time. Two rows more on either side are read, and what they become is cut off: a convolution reaches one far."""
-    height, out = xs[0].shape[2], None
-    for start in range(0, height, rows):
-        first, end = max(start - 2, 0), min(start + rows, height)
-        y = layer(*(x[:, :, first:end + 2] for x in xs))
-        zoom = y.shape[2] / (min(end + 2, height) - first)                                                 # 1; 2 or 1/2 where the layer resamples
-        at = lambda row: round(row * zoom)
-        if out is None:
-            out = y.new_empty(*y.shape[:2], at(height), y.shape[3])
-        out[:, :, at(start):at(end)] = y[:, :, at(start - first):at(end - first)]
-    return out
+def banded(layer, *xs, take=False):
+    """The bands of layer(*xs), one after another. Of the bands above and below two rows are read (of twice as high bands four), and what they become is cut off: a
+    convolution reaches one far. take: bands are let go once no longer needed."""
+    for k, band in enumerate(xs[0]):
+        halos = [2 * x[k].shape[2] // band.shape[2] for x in xs]
+        near = [torch.cat([*(above[:, :, -halo:] for above in x[max(k - 1, 0):k]), x[k], *(below[:, :, :halo] for below in x[k + 1:k + 2])], dim=2) for x, halo in zip(xs, halos)]
+        y = layer(*near)
+        zoom = y.shape[2] / near[0].shape[2]                                                               # 1; 2 or 1/2 where the layer resamples
+        top = round(2 * zoom) if k else 0
+        yield y[:, :, top:top + round(band.shape[2] * zoom)].clone()                                      # lets go of the rows around
+        if take and k:
+            for x in xs:
+                x[k - 1] = None
 
 
 # Training: L1 + MSE + KL, and for photographs a perceptual and an adversarial term (Esser et al. 2021, Sec. 3.1; Rombach et al. 2022, App. G).

@@ -52,6 +52,7 @@ from samplers import sample_euler, timesteps
 from text_encoders import CLIPTextEncoder, T5Encoder
 from vae import AutoencoderKL
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 CONTEXT, POOLED, TOKENS = 256, 256, 40  # the miniature's text: channels, pooled channels, tokens
 
 
@@ -119,7 +120,7 @@ def train_row(depth, side, batch, compiled=False, checkpointing=False):
         peer.enable_gradient_checkpointing()
 
     def run(model, parameter, network, *args):
-        model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=False)      # memory is then that of the activations, as in each micro-batch but the first
         out = network(*args)
         (out if torch.is_tensor(out) else out[0]).square().mean().backward()
         return parameter.grad
@@ -291,11 +292,15 @@ def memory(run):
     if platform.system() != "Linux":
         return None
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    libc.mallopt(M_MMAP_THRESHOLD, 64 << 10)        # a tensor is then a mapping of its own, given back when freed: holes of freed memory don't count
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     status = lambda key: next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     before = status("VmRSS")
     run()
+    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)        # what glibc itself comes to; else the timing would pay for pages
+    libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
     return max(status("VmHWM") - before, 0)
 
 
