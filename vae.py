@@ -201,7 +201,7 @@ def sample_gaussian(mean, logvar, generator=None, noise=None):
 @torch.no_grad()
 def in_bands(coder, layers, x, rows):
     """The layers, then the coder's last norm and convolution, one after another on all of x, which is a list of bands. Whole in memory are at most a residual block's
-    input and what is between its convolutions, and never what an upsampling makes, four times its input: each reader makes its band anew."""
+    input and what is between its convolutions, and never what an upsampling makes, four times its input: each reader makes its band anew. Without gradients."""
     bands, made = list(x.split(rows, dim=2)), nn.Identity()
     for layer in flat(layers):
         if isinstance(layer, Upsample):
