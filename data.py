@@ -80,11 +80,11 @@ def cells(width, height):
 
 
 def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False, kinds=KINDS):
-    """A scene of the given level of difficulty; with `held_out`, of pairs and words that training never shows."""
+    """A scene of the given level of difficulty. held_out: of pairs and words that no picture of the training has (True), of the others (False), or of any pairs (None)."""
     def attributes():
         while True:
             pair = SHAPES[rng.integers(8)], list(COLORS)[rng.integers(8)]
-            if (pair in HELD_OUT_PAIRS) == held_out:
+            if held_out is None or (pair in HELD_OUT_PAIRS) == held_out:
                 return pair
 
     kind = rng.choice(list(kinds), p=list(kinds.values()))
@@ -363,13 +363,16 @@ def where(thing, scene):
     return f"{vertical} {horizontal}".strip() or "center"
 
 
-def synthetic_caption(scene):
-    """Everything, in reading order, two things with their relation: 'on white: red circle top left, above blue square bottom'."""
+def synthetic_caption(scene, rng):
+    """Everything, in reading order; two things in either order, with their relation: 'on white: red circle top left, above blue square bottom'."""
     def described(t):
         size = "" if t.word or t.size == "medium" else t.size + " "
         return f"{size}{t.color} {t.shape or 'sign that says ' + t.word} {where(t, scene)}"
     things = sorted(scene.things, key=lambda t: (round(t.y), t.x))
-    word = relation(*things) if len(things) == 2 and all(t.shape for t in things) else None
+    word = None
+    if len(things) == 2 and all(t.shape for t in things):
+        things = [things[k] for k in rng.permutation(2)]
+        word = relation(*things)
     return f"on {scene.background}: " + (f", {word} " if word else ", ").join(map(described, things))
 
 
@@ -406,14 +409,15 @@ class Dataset:
 
 class Shapes(Dataset):
     """The world above: as many scenes as one asks for, of one level or (`all`) of each in turn; or (`relations`) a lesson: of the lattice the pairs alone, whose short captions nearly
-    always have the colors and the relation. No scene of another split is drawn from the same random numbers."""
+    always have the colors and the relation; or (`texts`) `all` in words only, of any (shape, color) pair. No scene of another split is drawn from the same random numbers."""
 
     twins = False  # every scene at an odd index is the twin of the one before
 
     def __init__(self, level="lattice", width=64, height=64, split="train", seed=0, buckets=False):
-        if level not in LEVELS + ("all", "relations"):
-            raise ValueError(f"unknown level {level!r} of shapes; known: {', '.join(LEVELS)}, all, relations")
-        self.levels = {"all": LEVELS, "relations": ("lattice",)}.get(level, (level,))
+        if level not in LEVELS + ("all", "relations", "texts"):
+            raise ValueError(f"unknown level {level!r} of shapes; known: {', '.join(LEVELS)}, all, relations, texts")
+        self.levels = {"all": LEVELS, "relations": ("lattice",), "texts": LEVELS}.get(level, (level,))
+        self.texts = level == "texts"
         self.kinds, self.telling = ({"pair": 1.0}, {"colored": 0.9, "related": 1.0}) if level == "relations" else (KINDS, {})
         self.seed = seed, ("train", "val", "unseen").index(split)
         self.sizes = [size for size in bucket_sizes(width) if max(size) <= 2 * min(size)] if buckets else [(width, height)]      # 1:2 to 2:1; a scene has room for its things
@@ -435,7 +439,8 @@ class Shapes(Dataset):
             scene, rng = self.scene(index - 1)
             return twin(rng, scene), rng
         rng = np.random.default_rng((*self.seed, index))
-        return random_scene(rng, self.level(index), *cells(*self.size(index)), held_out=self.seed[1] == 2, kinds=self.kinds), rng
+        held_out = None if self.texts else self.seed[1] == 2
+        return random_scene(rng, self.level(index), *cells(*self.size(index)), held_out=held_out, kinds=self.kinds), rng
 
     def level(self, index):
         return self.levels[(index // 2 if self.twins else index) // len(self.sizes) % len(self.levels)]
@@ -443,11 +448,13 @@ class Shapes(Dataset):
     def captions(self, index):
         """(original, synthetic), without drawing."""
         scene, rng = self.scene(index)
-        return original_caption(scene, rng, **self.telling), synthetic_caption(scene)
+        return original_caption(scene, rng, **self.telling), synthetic_caption(scene, rng)
 
     def __getitem__(self, index):
+        if self.texts:
+            raise ValueError("shapes:texts has no pictures, it is for --stage t5")
         scene, rng = self.scene(index)
-        return Sample(render(scene, *self.size(index)), original_caption(scene, rng, **self.telling), synthetic_caption(scene))
+        return Sample(render(scene, *self.size(index)), original_caption(scene, rng, **self.telling), synthetic_caption(scene, rng))
 
 
 class ShapeEdits(Shapes):

@@ -419,8 +419,9 @@ def held_out(level, n, resolution):
     """(scenes, images (N, 3, H, W) in [-1, 1], synthetic captions) of the validation split of shapes."""
     world = data.Shapes(level, resolution, resolution, split="val")
     scenes = [world.scene(i)[0] for i in range(n)]
+    captions = [world.captions(i)[1] for i in range(n)]
     images = np.stack([data.render(scene, resolution, resolution) for scene in scenes])
-    return scenes, from_uint8(torch.from_numpy(images)), [data.synthetic_caption(scene) for scene in scenes]
+    return scenes, from_uint8(torch.from_numpy(images)), captions
 
 
 @torch.inference_mode()

@@ -323,9 +323,12 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
 # Stage vae: the autoencoder (Sec. 5.2.1)
 
 def open_split(cfg, split, frozen_parts=False):
-    """The run's data. The frozen parts are trained on squares and, of `shapes`, on every level, all of which they serve."""
+    """The run's data. The frozen parts are trained on squares and, of `shapes`, on every level, all of which they serve; T5, as a reader of much that nobody drew, on any pair."""
     shapes = cfg.data.startswith("shapes")
-    spec = "shapes:all" if frozen_parts and shapes else cfg.data.replace("shapes", "shape-edits", 1) if cfg.stage == "edit" and shapes else cfg.data
+    if shapes and frozen_parts:
+        spec = "shapes:texts" if cfg.stage == "t5" else "shapes:all"
+    else:
+        spec = cfg.data.replace("shapes", "shape-edits", 1) if shapes and cfg.stage == "edit" else cfg.data
     several = {} if frozen_parts or shapes and split == "val" else {"buckets": cfg.buckets, "upscale": cfg.upscale}      # `shapes` are validated on squares
     return open_data(spec, cfg.resolution, cfg.resolution, split, cfg.seed, filter=cfg.filter, **several)
 
@@ -433,39 +436,51 @@ def train_clip(cfg):
 # ---------------------------------------------------------------------------------------------------------------
 # Stage t5: masked spans, denoised (Raffel et al. 2020)
 
+def turned(batch):
+    """The pairs of captions, every other one the other way round."""
+    return [pair[::-1] if i % 2 else pair for i, pair in enumerate(batch)]
+
+
 def train_t5(cfg):
+    """Half of the batches are masked spans, half, where every scene has two captions, prefix language modelling (Raffel et al. 2020, Sec. 3.2): one caption from the other."""
     dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
     length = 2 * cfg.t5_length  # two captions a document
     tokenizer = UnigramTokenizer.from_folder(Path(cfg.init_from) / "t5_tokenizer", length) if cfg.init_from else UnigramTokenizer.train(texts(dataset), length)
+    reader = UnigramTokenizer(tokenizer.config, cfg.t5_length)
     config = dict(vocab_size=len(tokenizer.pieces), width=cfg.text_width, layers=3, heads=cfg.text_width // 32, head_dim=32,
                   mlp=3 * cfg.text_width // 2, buckets=32, max_distance=64)
     encoder = T5Encoder(**config)
     start_from(cfg, "t5", encoder)
-    model = T5Denoiser(encoder, layers=2)
-
-    def document(captions, flip):
-        """Both captions of a scene: what is hidden in one can be told from the other, if the encoder knows what belongs to what."""
-        return " . ".join(filter(None, captions[::-1] if flip else captions))
+    model = T5Denoiser(encoder, layers=1)     # more would find out for themselves what belongs to what, and leave it out of the encoder's states
 
     def hidden(batch, generator):
-        tokens = tokenizer([document(captions, i % 2) for i, captions in enumerate(batch)])
+        """Both captions of a scene: what is hidden in one can be told from the other, if the encoder knows what belongs to what."""
+        tokens = tokenizer([" . ".join(filter(None, pair)) for pair in turned(batch)])
         return span_corruption(tokens, tokenizer.sentinels, rate=0.25, mean_span=1.5, generator=generator)
+
+    def told(batch):
+        """One caption, read as sampling reads it, and the other to write."""
+        sources, targets = zip(*turned(batch))
+        targets = tokenizer(list(targets))
+        return reader(list(sources)), targets[:, :(targets != 0).any(0).sum()]
 
     def draw(batch, generator):
         """Of the whole batch, for the loss is the mean over all its tokens: a row's weight is the batch's size over its number of tokens."""
-        corrupted, targets = hidden(batch, generator)
+        whole = all(map(all, batch)) and torch.rand((), generator=generator) < 0.5
+        tokens, targets = told(batch) if whole else hidden(batch, generator)
         weights = torch.full((len(batch),), len(batch) / (targets != 0).sum())
-        return distributed.own(corrupted), distributed.own(targets), distributed.own(weights)
+        return distributed.own(tokens), distributed.own(targets), distributed.own(weights)
 
-    def loss_of(model, corrupted, targets, weights):
+    def loss_of(model, tokens, targets, weights):
         tokens_a_row = (targets != 0).sum() / len(targets)
-        return model.loss(corrupted.to(cfg.device), targets.to(cfg.device)) * (weights[0] * tokens_a_row).item(), {}
+        return model.loss(tokens.to(cfg.device), targets.to(cfg.device)) * (weights[0] * tokens_a_row).item(), {}
 
-    validation = hidden(first_captions(held_out, 256), torch.Generator().manual_seed(0))
+    held_out = first_captions(held_out, 256)
+    validation = {"val_loss": hidden(held_out, torch.Generator().manual_seed(0)), **({"val_told": told(held_out)} if all(map(all, held_out)) else {})}
 
     @torch.no_grad()
     def validate(model, step):
-        return {"val_loss": model.loss(*(x.to(cfg.device) for x in validation)).item()}
+        return {name: model.loss(*(x.to(cfg.device) for x in tokens)).item() for name, tokens in validation.items()}
 
     model = fit(cfg, model, lambda start: caption_batches(dataset, cfg.batch_size, cfg, start), draw, loss_of, validate)
     if distributed.rank():

@@ -181,8 +181,9 @@ def test_synthetic_captions_are_complete():
         down = "top" if t.y < s.rows / 3 else "bottom" if t.y > 2 * s.rows / 3 else ""
         return " ".join(filter(None, (down, across))) or "center"
 
+    rng, words = np.random.default_rng(0), Counter()
     for scene in scenes(1500) + scenes(300, width=128) + scenes(300, split="unseen"):
-        text = data.synthetic_caption(scene)
+        text = data.synthetic_caption(scene, rng)
         ground, described = re.fullmatch(r"on (\w+): (.+)", text).groups()
         first, *second = parts = re.split(", left of |, right of |, above |, below |, ", described)
         said = Counter(item.fullmatch(part).groups("") for part in parts)
@@ -190,8 +191,10 @@ def test_synthetic_captions_are_complete():
         if len(shapes) == len(parts) == 2:
             word = described[len(first) + 2:-len(second[0])].strip() or None
             assert word == data.relation(*(shapes[item.fullmatch(part)[3]] for part in parts)), text
+            words[word] += 1
         assert ground == scene.background
         assert said == Counter(("" if t.word or t.size == "medium" else t.size, t.color, t.shape, t.word, place(t, scene)) for t in scene.things), text
+    assert min(words[word] for word in ("left of", "right of", "above", "below")) > 0.15 * words.total()      # told from either thing
 
 
 def test_relation_words_are_true():
@@ -413,6 +416,10 @@ def test_specs(tmp_path):
     save(tmp_path / "a.png", (1, 1, 1), text="x")
     assert open_data("shapes", 32, 16).levels == ("lattice",) and open_data("shapes:all").levels == LEVELS
     assert open_data("shapes:free", 32, 16)[3].image.shape == (16, 32, 3)
+    texts = open_data("shapes:texts")
+    assert set(data.HELD_OUT_PAIRS) < {(t.shape, t.color) for i in range(1000) for t in texts.scene(i)[0].things}
+    with pytest.raises(ValueError, match="no pictures"):
+        texts[0]
     assert isinstance(open_data(f"folder:{tmp_path}"), Folder)
 
 

@@ -72,7 +72,7 @@ def test_all_stages_on_shapes_give_a_bundle(run, cli, refused, tmp_path, capsys)
         assert rows(out, stage)[-1] == {"stage": stage, "step": 3, "done": True} and (out / f"{stage}-loss.png").exists()
         losses = [row for row in rows(out, stage) if "loss" in row]
         assert [row["step"] for row in losses] == [1, 2, 3] and all(np.isfinite([row["loss"], row["grad_norm"]]).all() for row in losses)
-    assert "psnr" in rows(out, "vae")[-2] and {"retrieval_l", "retrieval_g"} <= rows(out, "clip")[-2].keys() and "val_loss" in rows(out, "t5")[-2]
+    assert "psnr" in rows(out, "vae")[-2] and {"retrieval_l", "retrieval_g"} <= rows(out, "clip")[-2].keys() and {"val_loss", "val_told"} <= rows(out, "t5")[-2].keys()
     last, bins = rows(out, "pretrain")[-2], [row["loss_bins"] for row in rows(out, "pretrain") if "loss_bins" in row]
     assert len(last["val_levels"]) == 8 and last["val_loss"] == pytest.approx(np.mean(last["val_levels"][:-1])) and 0 <= last["overall"] <= 1
     assert all(len(b) == 8 for b in bins) and any(value for b in bins for value in b)
@@ -113,6 +113,7 @@ def test_each_stage_by_its_command_on_a_folder(cli, pictures, tmp_path):
         assert status == 0, errors
         named = [line for line in errors if "cannot identify image file" in line]
         assert "skipped, 1 in all:" in errors and len(named) == 1 and f"{pictures}/07.png" in named[0] or stage == "t5"       # which looks at no picture
+    assert "val_loss" in rows(out, "t5")[-2] and "val_told" not in rows(out, "t5")[-2]        # there is no other caption to tell
     prompts = Image.open(out / "grid-0000002.png").text["prompts"].split("\n")
     assert len(prompts) == 11 and "noise of strength 7, façade 🟦" not in prompts
     assert cli("sample.py", "--prompt", prompts[0], "--weights", out, "--out", tmp_path / "out.png")[0] == 0
