@@ -408,7 +408,7 @@ class Dataset:
 
 
 class Shapes(Dataset):
-    """The world above: as many scenes as one asks for, of one level or (`all`) of each in turn; or (`relations`) a lesson: of the lattice the pairs alone, whose short captions nearly
+    """The world above: as many scenes as one asks for, of one level or (`all`) of each in turn; or (`relations`) a lesson: of the lattice mostly pairs, whose short captions nearly
     always have the colors and the relation; or (`texts`) `all` in words only, of any (shape, color) pair. No scene of another split is drawn from the same random numbers."""
 
     twins = False  # every scene at an odd index is the twin of the one before
@@ -418,7 +418,7 @@ class Shapes(Dataset):
             raise ValueError(f"unknown level {level!r} of shapes; known: {', '.join(LEVELS)}, all, relations, texts")
         self.levels = {"all": LEVELS, "relations": ("lattice",), "texts": LEVELS}.get(level, (level,))
         self.texts = level == "texts"
-        self.kinds, self.telling = ({"pair": 1.0}, {"colored": 0.9, "related": 1.0}) if level == "relations" else (KINDS, {})
+        self.kinds, self.telling = ({"pair": 0.6, "group": 0.25, "single": 0.15}, {"colored": 0.9, "related": 1.0}) if level == "relations" else (KINDS, {})
         self.seed = seed, ("train", "val", "unseen").index(split)
         self.sizes = [size for size in bucket_sizes(width) if max(size) <= 2 * min(size)] if buckets else [(width, height)]      # 1:2 to 2:1; a scene has room for its things
 
