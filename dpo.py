@@ -1,7 +1,7 @@
 """Alignment with preferences (App. C): Diffusion-DPO (Wallace et al. 2023) on low-rank adapters (LoRA, Hu et al. 2021) of all linear layers.
 
     python dpo.py make-pairs --out runs/pairs                              # the miniature draws, a program judges: what `dpo.py train` learns from
-    python dpo.py train --pairs runs/pairs --out runs/dpo                  # then: python sample.py --weights runs/dpo --prompt "..."
+    python dpo.py train --pairs runs/pairs --beta 300 --steps 400 --out runs/dpo      # then: python sample.py --weights runs/dpo --prompt "..."
     python dpo.py compare --weights runs/dpo --base weights/mini           # wins against the base, diversity
     python dpo.py train --pairs preferences.jsonl --weights BUNDLE --out runs/dpo --resume
     python dpo.py make-pairs --prompts-file prompts.txt --judge person --out runs/pairs      # draws contact sheets; once choices.txt is filled in, the same command again

@@ -31,7 +31,7 @@ from vae import psnr
 
 
 class CLIPImageEncoder(nn.Module):
-    """Images (B, 3, S, S) in [-1, 1], resized to `resolution`, -> embeddings (B, projection), not normalised."""
+    """Images (B, 3, S, S) in [-1, 1], resized to `resolution`, -> embeddings (B, projection), not normalised. Released weights want CLIP's own mean and std, which are not applied here."""
 
     def __init__(self, resolution=224, patch_size=14, width=1024, layers=24, heads=16, projection=768):
         super().__init__()

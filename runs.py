@@ -174,7 +174,7 @@ def draw_metrics(rows_of, path):
 
 
 def plot(folders, out):
-    """`train.py --plot RUN...`: every stage of the runs, in STAGE-compared.png of the folder `out`."""
+    """`train.py --plot RUN --plot OTHER`: every stage of the runs, in STAGE-compared.png of the folder `out`."""
     rows = {folder: Run.read(Path(folder) / "metrics.jsonl") for folder in folders}
     for folder, found in rows.items():
         if not found:

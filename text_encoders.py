@@ -222,7 +222,7 @@ class T5Encoder(nn.Module):
 
 
 class T5Denoiser(nn.Module):
-    """The given encoder with a decoder of `layers` layers, to pre-train it: the decoder writes what `span_corruption` took out. The decoder is thrown away after."""
+    """The given encoder with a decoder of `layers` layers, to pre-train it: the decoder writes what `span_corruption` took out, or another text of the same. The decoder is thrown away after."""
 
     def __init__(self, encoder, layers):
         super().__init__()

@@ -48,7 +48,7 @@ class TrainConfig:
     decay: float = flag(0.7, "last share of the steps, over which the learning rate falls to zero", "optimization")
     weight_decay: float = flag(0.0, "of AdamW", "optimization")
     clip_grad: float = flag(1.0, "largest norm of the gradient", "optimization")
-    ema_decay: float = flag(0.998, "of the averaged weights, a step", "optimization")
+    ema_decay: float = flag(0.998, "of the averaged weights, a step; App. B.3's 0.99 every 100 steps is 0.9999 with --ema-every 100", "optimization")
     ema_every: int = flag(1, "steps between updates of the averaged weights", "optimization")
     max_bad_steps: int = flag(10, "steps skipped for a loss or gradient that is not finite, before the run ends", "optimization")
     depth: int = flag(4, "of the MM-DiT: width 64 depth, depth heads", "model")
@@ -56,7 +56,7 @@ class TrainConfig:
     weight_sets: int = flag(2, "sets of weights a block: 2 is the paper's, 1 a DiT, 3 for CLIP, T5 and image", "model")
     attention: str = flag("sdpa", "torch's or our fused attention", "model", choices=("sdpa", "fused"))
     latent_channels: int = flag(16, "of the autoencoder", "model")
-    text_width: int = flag(256, "of T5; the CLIPs have 3/8 and 5/8 of it, as the released ones have less than half each", "model")
+    text_width: int = flag(256, "of T5; the CLIPs have 3/8 and 5/8 of it, 3 to 5 as the released 768 to 1280", "model")
     clip_length: int = flag(16, "tokens a prompt for the CLIPs", "model")
     t5_length: int = flag(24, "tokens a prompt for T5", "model")
     formulation: str = flag("rf/lognorm(0.00,1.00)", "path, prediction and density of t (flow.py)", "flow")
@@ -83,7 +83,7 @@ class TrainConfig:
     precision: str = flag("auto", "of the activations in training, weights stay fp32; auto: bf16 on GPUs and on CPUs that multiply in it", "machine",
                           choices=("auto", "fp32", "bf16"))
     tf32: bool = flag(True, "products of fp32 matrices in TF32, on GPUs", "machine")
-    checkpointing: bool = flag(False, "recompute each block of the MM-DiT in the backward pass: less memory, a third more time", "machine")
+    checkpointing: bool = flag(False, "recompute each block of the MM-DiT in the backward pass: less memory, a third more FLOPs", "machine")
     sharding: str = flag("ddp", "each process has all weights, or a part (fsdp: FSDP2)", "machine", choices=("ddp", "fsdp"))
     compile: bool = flag(False, "torch.compile the MM-DiT; needs a C++ compiler on CPUs", "machine")
     threads: int = flag(0, "CPU threads; 0: torch's choice", "machine")
@@ -434,7 +434,7 @@ def train_clip(cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Stage t5: masked spans, denoised (Raffel et al. 2020)
+# Stage t5: masked spans, and one caption from the other (Raffel et al. 2020)
 
 def turned(batch):
     """The pairs of captions, every other one the other way round."""
