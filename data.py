@@ -414,10 +414,10 @@ class Shapes(Dataset):
     twins = False  # every scene at an odd index is the twin of the one before
 
     def __init__(self, level="lattice", width=64, height=64, split="train", seed=0, buckets=False):
-        if level not in LEVELS + ("all", "relations", "texts"):
-            raise ValueError(f"unknown level {level!r} of shapes; known: {', '.join(LEVELS)}, all, relations, texts")
-        self.levels = {"all": LEVELS, "relations": ("lattice",), "texts": LEVELS}.get(level, (level,))
-        self.texts = level == "texts"
+        levels = {level: (level,) for level in LEVELS} | {"all": LEVELS, "relations": ("lattice",), "texts": LEVELS}
+        if level not in levels:
+            raise ValueError(f"unknown level {level!r} of shapes; known: {', '.join(levels)}")
+        self.levels, self.held_out = levels[level], None if level == "texts" else split == "unseen"
         self.kinds, self.telling = ({"pair": 0.6, "group": 0.25, "single": 0.15}, {"colored": 0.9, "related": 1.0}) if level == "relations" else (KINDS, {})
         self.seed = seed, ("train", "val", "unseen").index(split)
         self.sizes = [size for size in bucket_sizes(width) if max(size) <= 2 * min(size)] if buckets else [(width, height)]      # 1:2 to 2:1; a scene has room for its things
@@ -439,22 +439,26 @@ class Shapes(Dataset):
             scene, rng = self.scene(index - 1)
             return twin(rng, scene), rng
         rng = np.random.default_rng((*self.seed, index))
-        held_out = None if self.texts else self.seed[1] == 2
-        return random_scene(rng, self.level(index), *cells(*self.size(index)), held_out=held_out, kinds=self.kinds), rng
+        return random_scene(rng, self.level(index), *cells(*self.size(index)), held_out=self.held_out, kinds=self.kinds), rng
 
     def level(self, index):
         return self.levels[(index // 2 if self.twins else index) // len(self.sizes) % len(self.levels)]
 
     def captions(self, index):
         """(original, synthetic), without drawing."""
-        scene, rng = self.scene(index)
+        return self.tell(*self.scene(index))
+
+    def tell(self, scene, rng):
         return original_caption(scene, rng, **self.telling), synthetic_caption(scene, rng)
 
-    def __getitem__(self, index):
-        if self.texts:
+    def draw(self, scene, index):
+        if self.held_out is None:
             raise ValueError("shapes:texts has no pictures, it is for --stage t5")
+        return render(scene, *self.size(index))
+
+    def __getitem__(self, index):
         scene, rng = self.scene(index)
-        return Sample(render(scene, *self.size(index)), original_caption(scene, rng, **self.telling), synthetic_caption(scene, rng))
+        return Sample(self.draw(scene, index), *self.tell(scene, rng))
 
 
 class ShapeEdits(Shapes):
@@ -470,7 +474,7 @@ class ShapeEdits(Shapes):
 
     def __getitem__(self, index):
         scene, _, instruction, after = self.edit(index)
-        return Sample(np.concatenate([render(s, *self.size(index)) for s in (after, scene)], 2), instruction)
+        return Sample(np.concatenate([self.draw(s, index) for s in (after, scene)], 2), instruction)
 
 
 def fit(image, width, height):

@@ -22,6 +22,7 @@ import checkpoint
 import data
 from config import flag, one_line_errors, parse_config
 from flow import shift
+from pipeline import to_tensor
 from sample import from_uint8, generate, grid, latent_channels, save_png, to_uint8
 from text_encoders import CLIPLayer
 from vae import psnr
@@ -418,10 +419,8 @@ def edits(bundle, n, level="lattice", seed=0, batch_size=64, **settings):
 def held_out(level, n, resolution):
     """(scenes, images (N, 3, H, W) in [-1, 1], synthetic captions) of the validation split of shapes."""
     world = data.Shapes(level, resolution, resolution, split="val")
-    scenes = [world.scene(i)[0] for i in range(n)]
-    captions = [world.captions(i)[1] for i in range(n)]
-    images = np.stack([data.render(scene, resolution, resolution) for scene in scenes])
-    return scenes, from_uint8(torch.from_numpy(images)), captions
+    samples = [world[i] for i in range(n)]
+    return [world.scene(i)[0] for i in range(n)], to_tensor(samples), [sample.synthetic for sample in samples]
 
 
 @torch.inference_mode()

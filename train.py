@@ -325,10 +325,11 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
 def open_split(cfg, split, frozen_parts=False):
     """The run's data. The frozen parts are trained on squares and, of `shapes`, on every level, all of which they serve; T5, as a reader of much that nobody drew, on any pair."""
     shapes = cfg.data.startswith("shapes")
+    spec = cfg.data
     if shapes and frozen_parts:
         spec = "shapes:texts" if cfg.stage == "t5" else "shapes:all"
-    else:
-        spec = cfg.data.replace("shapes", "shape-edits", 1) if shapes and cfg.stage == "edit" else cfg.data
+    elif shapes and cfg.stage == "edit":
+        spec = cfg.data.replace("shapes", "shape-edits", 1)
     several = {} if frozen_parts or shapes and split == "val" else {"buckets": cfg.buckets, "upscale": cfg.upscale}      # `shapes` are validated on squares
     return open_data(spec, cfg.resolution, cfg.resolution, split, cfg.seed, filter=cfg.filter, **several)
 
@@ -441,6 +442,11 @@ def turned(batch):
     return [pair[::-1] if i % 2 else pair for i, pair in enumerate(batch)]
 
 
+def paired(batch):
+    """Whether every scene has two captions."""
+    return all(map(all, batch))
+
+
 def train_t5(cfg):
     """Half of the batches are masked spans, half, where every scene has two captions, prefix language modelling (Raffel et al. 2020, Sec. 3.2): one caption from the other."""
     dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
@@ -461,12 +467,12 @@ def train_t5(cfg):
     def told(batch):
         """One caption, read as sampling reads it, and the other to write."""
         sources, targets = zip(*turned(batch))
-        targets = tokenizer(list(targets))
-        return reader(list(sources)), targets[:, :(targets != 0).any(0).sum()]
+        targets = tokenizer(targets)
+        return reader(sources), targets[:, :(targets != 0).any(0).sum()]
 
     def draw(batch, generator):
         """Of the whole batch, for the loss is the mean over all its tokens: a row's weight is the batch's size over its number of tokens."""
-        whole = all(map(all, batch)) and torch.rand((), generator=generator) < 0.5
+        whole = paired(batch) and torch.rand((), generator=generator) < 0.5
         tokens, targets = told(batch) if whole else hidden(batch, generator)
         weights = torch.full((len(batch),), len(batch) / (targets != 0).sum())
         return distributed.own(tokens), distributed.own(targets), distributed.own(weights)
@@ -475,8 +481,8 @@ def train_t5(cfg):
         tokens_a_row = (targets != 0).sum() / len(targets)
         return model.loss(tokens.to(cfg.device), targets.to(cfg.device)) * (weights[0] * tokens_a_row).item(), {}
 
-    held_out = first_captions(held_out, 256)
-    validation = {"val_loss": hidden(held_out, torch.Generator().manual_seed(0)), **({"val_told": told(held_out)} if all(map(all, held_out)) else {})}
+    scenes = first_captions(held_out, 256)
+    validation = {"val_loss": hidden(scenes, torch.Generator().manual_seed(0))} | ({"val_told": told(scenes)} if paired(scenes) else {})
 
     @torch.no_grad()
     def validate(model, step):

@@ -422,8 +422,9 @@ def test_specs(tmp_path):
     assert open_data("shapes:free", 32, 16)[3].image.shape == (16, 32, 3)
     texts = open_data("shapes:texts")
     assert set(data.HELD_OUT_PAIRS) < {(t.shape, t.color) for i in range(1000) for t in texts.scene(i)[0].things}
-    with pytest.raises(ValueError, match="no pictures"):
-        texts[0]
+    for spec in ("shapes:texts", "shape-edits:texts"):
+        with pytest.raises(ValueError, match="no pictures"):
+            open_data(spec)[0]
     assert isinstance(open_data(f"folder:{tmp_path}"), Folder)
 
 
