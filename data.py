@@ -39,7 +39,7 @@ BACKGROUNDS = {"white": (250, 250, 250), "gray": (150, 150, 150), "black": (25, 
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LEVELS = ("lattice", "sizes", "jitter", "free")
-KINDS = {"single": 0.12, "group": 0.22, "pair": 0.46, "several": 0.10, "sign": 0.10}  # of scenes: their shares
+KINDS = {"single": 0.15, "group": 0.2, "pair": 0.5, "several": 0.1, "sign": 0.05}  # of scenes: their shares
 RADII = {"small": 0.35, "medium": 0.42, "large": 0.46}
 NUMBERS = ("zero", "a", "two", "three", "four")
 
@@ -79,7 +79,7 @@ def cells(width, height):
     return round(4 * width / short), round(4 * height / short)
 
 
-def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False, kinds=KINDS):
+def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False):
     """A scene of the given level of difficulty. held_out: of pairs and words that no picture of the training has (True), of the others (False), or of any pairs (None)."""
     def attributes():
         while True:
@@ -87,7 +87,7 @@ def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False, kinds=
             if held_out is None or (pair in HELD_OUT_PAIRS) == held_out:
                 return pair
 
-    kind = rng.choice(list(kinds), p=list(kinds.values()))
+    kind = rng.choice(list(KINDS), p=list(KINDS.values()))
     pairs = {"single": lambda: [attributes()],
              "group": lambda: [attributes()] * rng.integers(2, 5),
              "pair": lambda: distinct(attributes, 2),
@@ -343,14 +343,14 @@ def named(thing, color=True):
     return article(" ".join(words))
 
 
-def original_caption(scene, rng, colored=0.5, related=0.75):
-    """Colors may be left out and the background mostly is, but never an object. `colored`, `related`: how often colors, and the relation of two things, are said."""
-    things, color = scene.things, rng.random() < colored
+def original_caption(scene, rng):
+    """Colors may be left out, how two things lie may be, and the background mostly is, but never an object."""
+    things, color = scene.things, rng.random() < 0.7
     if len(things) > 1 and len({(t.shape, t.color, t.word) for t in things}) == 1:
         text = f"{NUMBERS[len(things)]} {things[0].color + ' ' if color else ''}{plural(things[0].shape)}"
     else:
         order = [things[k] for k in rng.permutation(len(things))]
-        word = relation(*order) if len(order) == 2 and rng.random() < related else None
+        word = relation(*order) if len(order) == 2 and rng.random() < 0.9 else None
         names = [named(t, color) for t in order]
         text = f" {word} ".join(names) if word else listing(names)
     return text + (f" on {scene.background}" if rng.random() < 0.15 else "")
@@ -408,17 +408,15 @@ class Dataset:
 
 
 class Shapes(Dataset):
-    """The world above: as many scenes as one asks for, of one level or (`all`) of each in turn; or (`relations`) a lesson: of the lattice mostly pairs, whose short captions nearly
-    always have the colors and the relation; or (`texts`) `all` in words only, of any (shape, color) pair. No scene of another split is drawn from the same random numbers."""
+    """The world above: as many scenes as one asks for, of one level or (`all`) of each in turn; or (`texts`) `all` in words only, of any (shape, color) pair. No scene of another split is drawn from the same random numbers."""
 
     twins = False  # every scene at an odd index is the twin of the one before
 
     def __init__(self, level="lattice", width=64, height=64, split="train", seed=0, buckets=False):
-        levels = {level: (level,) for level in LEVELS} | {"all": LEVELS, "relations": ("lattice",), "texts": LEVELS}
+        levels = {level: (level,) for level in LEVELS} | {"all": LEVELS, "texts": LEVELS}
         if level not in levels:
             raise ValueError(f"unknown level {level!r} of shapes; known: {', '.join(levels)}")
         self.levels, self.held_out = levels[level], None if level == "texts" else split == "unseen"
-        self.kinds, self.telling = ({"pair": 0.6, "group": 0.25, "single": 0.15}, {"colored": 0.9, "related": 1.0}) if level == "relations" else (KINDS, {})
         self.seed = seed, ("train", "val", "unseen").index(split)
         self.sizes = [size for size in bucket_sizes(width) if max(size) <= 2 * min(size)] if buckets else [(width, height)]      # 1:2 to 2:1; a scene has room for its things
 
@@ -439,7 +437,7 @@ class Shapes(Dataset):
             scene, rng = self.scene(index - 1)
             return twin(rng, scene), rng
         rng = np.random.default_rng((*self.seed, index))
-        return random_scene(rng, self.level(index), *cells(*self.size(index)), held_out=self.held_out, kinds=self.kinds), rng
+        return random_scene(rng, self.level(index), *cells(*self.size(index)), held_out=self.held_out), rng
 
     def level(self, index):
         return self.levels[(index // 2 if self.twins else index) // len(self.sizes) % len(self.levels)]
@@ -449,7 +447,7 @@ class Shapes(Dataset):
         return self.tell(*self.scene(index))
 
     def tell(self, scene, rng):
-        return original_caption(scene, rng, **self.telling), synthetic_caption(scene, rng)
+        return original_caption(scene, rng), synthetic_caption(scene, rng)
 
     def draw(self, scene, index):
         if self.held_out is None:

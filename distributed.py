@@ -30,13 +30,17 @@ def processes(device, sharding):
         return
     if started and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     alone = {} if started else dict(rank=0, world_size=1, store=dist.HashStore())
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2), **alone)  # the others wait while rank 0 evaluates
     try:
         yield device
-    finally:
-        dist.destroy_process_group()
+    except Exception:       # perhaps of this process alone: NCCL would wait for the others, which wait for this one; torchrun ends them
+        if dist.get_backend() != "nccl":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def rank():

@@ -9,6 +9,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -125,12 +126,22 @@ def dead_workers_named():
         raise ValueError(f"a process that reads data died: {str(error).splitlines()[0]} (out of memory? fewer --workers take less, 0 is none)") from None
 
 
+def own_group(worker):
+    """torchrun signals the whole group of a process: its workers would die before it has saved."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+
+
+def loaders(cfg):
+    """The DataLoader's settings of the processes that read."""
+    return dict(num_workers=cfg.workers, worker_init_fn=own_group, prefetch_factor=4 if cfg.workers else None)
+
+
 def loaded(dataset, read, cfg, batch_size, start=0, rank=0, world=1, stack=list):
     """Yields stack(read(dataset, item, rng) of this process's samples of a batch), for each batch from sample `start` on."""
     SKIPPED.update(dataset.skipped)
     order = keys(dataset.groups, batch_size, cfg.seed, start, rank, world)
-    loader = DataLoader(Reader(dataset, read, cfg.seed), batch_sampler=order, num_workers=cfg.workers, collate_fn=partial(collate, stack),
-                        prefetch_factor=4 if cfg.workers else None)
+    loader = DataLoader(Reader(dataset, read, cfg.seed), batch_sampler=order, collate_fn=partial(collate, stack), **loaders(cfg))
     with dead_workers_named():
         for batch, skipped in loader:
             SKIPPED.update(skipped)
@@ -325,8 +336,7 @@ def precompute(cfg):
         return
     left = [number for number in range(len(plan)) if not shard_folder(out, number).exists()]
     order = ([(item, plan[number][0], int(item)) for item in part] for number in left for part in pieces(plan[number][1], cfg.batch_size))
-    read = iter(DataLoader(Reader(dataset, read_sample, cfg.seed, attempts=1), batch_sampler=order, num_workers=cfg.workers, collate_fn=list,
-                           prefetch_factor=4 if cfg.workers else None))
+    read = iter(DataLoader(Reader(dataset, read_sample, cfg.seed, attempts=1), batch_sampler=order, collate_fn=list, **loaders(cfg)))
     total = sum(len(piece) for _, piece in plan)
     with tqdm(total=total, initial=total - sum(len(plan[number][1]) for number in left), desc="precompute", unit="picture") as bar, dead_workers_named():
         for number in left:

@@ -91,8 +91,8 @@ class TrainConfig:
 
 # What a stage of the miniature takes unless a flag says otherwise; measured on 2 cores (README).
 DEFAULTS = {"vae": dict(steps=12000, batch_size=16, lr=1e-3, muon_lr=0.02),
-            "clip": dict(steps=1200, batch_size=128, lr=1e-3, optimizer="adamw", grad_accum=1, muon_lr=0.02),
-            "t5": dict(steps=1000, batch_size=64, lr=1e-3, muon_lr=0.01),
+            "clip": dict(steps=1200, batch_size=128, lr=1e-3, optimizer="adamw", grad_accum=1, muon_lr=0.02, sharding="ddp"),
+            "t5": dict(steps=250, batch_size=64, lr=1e-3, muon_lr=0.01),
             "pretrain": dict(steps=14000, batch_size=64, lr=1e-3, muon_lr=0.02, shift=2.0),
             "finetune": dict(steps=4000, batch_size=64, lr=5e-4, muon_lr=0.01),
             "edit": dict(steps=6000, batch_size=64, lr=5e-4, muon_lr=0.01)}
@@ -155,21 +155,21 @@ def noted_signals():
 
 @contextlib.contextmanager
 def watched(module, on):
-    """Fig. 5: yields a list that gets (largest logit, mean entropy in nats) of each attention while `on`."""
+    """Fig. 5: yields a list that gets (number of the block, largest logit, mean entropy in nats) of each attention while `on`."""
     seen, blocks = [], list(module.joint_blocks) if on else []
 
-    def recording(attention):
+    def recording(number, attention):
         def attend(q, k, v):
             with torch.no_grad():
                 logits = q.float() @ k.float().mT * q.shape[-1] ** -0.5
                 p = logits.softmax(-1)
-                seen.append((logits.max(), -torch.xlogy(p, p).sum(-1).mean()))
+                seen.append((number, logits.max(), -torch.xlogy(p, p).sum(-1).mean()))
             return attention(q, k, v)
         return attend
 
     before = [block.attention for block in blocks]
-    for block in blocks:
-        block.attention = recording(block.attention)
+    for number, block in enumerate(blocks):
+        block.attention = recording(number, block.attention)
     try:
         yield seen
     finally:
@@ -178,9 +178,9 @@ def watched(module, on):
 
 
 def by_block(attentions, depth):
-    """What `watched` saw in a step, whose micro-batches went through the `depth` blocks one after another."""
-    blocks = [attentions[i::depth] for i in range(depth)]
-    return {"max_logits": [max(top.item() for top, _ in block) for block in blocks], "entropies": [np.mean([e.item() for _, e in block]) for block in blocks]}
+    """What `watched` saw in a step of the `depth` blocks; checkpointing runs each again, the last first."""
+    blocks = [[(top.item(), entropy.item()) for number, top, entropy in attentions if number == i] for i in range(depth)]
+    return {"max_logits": [max(top for top, _ in block) for block in blocks], "entropies": [np.mean([e for _, e in block]) for block in blocks]}
 
 
 def gradients(network, columns, cfg):
@@ -695,8 +695,8 @@ def check(cfg, processes):
         raise ValueError(f"--batch-size is {cfg.batch_size}: it cannot be split over {processes} processes and {cfg.grad_accum} micro-batches, {parts} parts")
     if cfg.stage == "clip" and cfg.grad_accum > 1:
         raise ValueError(f"--grad-accum is {cfg.grad_accum}; stage clip compares all of a batch with each other: for it 1 is all there is")
-    if cfg.sharding == "fsdp" and cfg.compile:
-        raise ValueError("--compile goes with --sharding ddp")
+    if cfg.sharding == "fsdp" and (cfg.compile or cfg.stage == "clip"):        # FSDP takes no scalar, as CLIP's temperature is
+        raise ValueError(f"{'--compile' if cfg.compile else '--stage clip'} goes with --sharding ddp")
     if cfg.weight_sets > 3:
         raise ValueError(f"--weight-sets is {cfg.weight_sets}; known are 1, 2, 3")
 

@@ -170,7 +170,7 @@ def test_original_captions_lose_colors_but_no_object():
         assert named == Counter((t.color if colored else "", t.shape, t.word) for t in scene.things), (text, scene)
         assert all(bool(re.match("an [aeiou]|a [^aeiou]", part)) for part in re.findall(r"\ban? \w+", re.sub("says [a-z]+", "", text))), text
         texts.append((text, colored, bool(match[10])))
-    assert 0.45 < np.mean([colored for _, colored, _ in texts]) < 0.55 and 0.1 < np.mean([ground for *_, ground in texts]) < 0.2
+    assert 0.65 < np.mean([colored for _, colored, _ in texts]) < 0.75 and 0.1 < np.mean([ground for *_, ground in texts]) < 0.2
 
 
 def test_synthetic_captions_are_complete():
@@ -211,20 +211,20 @@ def test_relation_words_are_true():
     assert len(seen) == 4
 
 
-def test_the_lesson_in_relations():
-    world = Shapes("relations")
+def test_pairs_are_mostly_told_with_colors_and_how_they_lie():
+    world = Shapes()
     said = Counter()
     for i in range(600):
         things, original = world.scene(i)[0].things, world.captions(i)[0]
-        if len({(t.shape, t.color) for t in things}) == 1:
+        if len(things) != 2 or things[0].shape == things[1].shape and things[0].color == things[1].color:
             continue
         a, b = things
         said["pairs"] += 1
         told = re.search(" left of | right of | above | below ", original)
-        assert bool(told) == bool(relation(a, b)) and world[i].original == original
+        assert bool(told) <= bool(relation(a, b)) and world[i].original == original
         said[bool(told)] += 1
         said["colors"] += a.color in original and b.color in original
-    assert 330 < said["pairs"] < 400 and said[True] > 0.7 * said["pairs"] and said["colors"] > 0.85 * said["pairs"]
+    assert 270 < said["pairs"] < 350 and 0.6 < said[True] / said["pairs"] < 0.85 and 0.6 < said["colors"] / said["pairs"] < 0.8
 
 
 def test_relation_is_none_on_a_diagonal_and_turns_with_its_arguments():

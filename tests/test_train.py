@@ -183,7 +183,8 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(run, tiny, tmp_path, monkeypat
     (["--chunk", "1"], "--chunk is 1; the least is 4"), (["--weight-sets", "4"], "known are 1, 2, 3"),
     (["--grad-accum", "3"], "--batch-size is 4: it cannot be split over 1 processes and 3 micro-batches"), (["--keep", "0"], "--keep is 0; the least is 1"),
     (["--stage", "clip", "--grad-accum", "2"], "--grad-accum is 2; stage clip"), (["--lr-schedule", "cosin"], "did you mean cosine?"),
-    (["--sharding", "fdsp"], "did you mean fsdp?"), (["--sharding", "fsdp", "--compile"], "--compile goes with --sharding ddp"), (["--ema-every", "0"], "--ema-every is 0; the least is 1"),
+    (["--sharding", "fdsp"], "did you mean fsdp?"), (["--sharding", "fsdp", "--compile"], "--compile goes with --sharding ddp"),
+    (["--stage", "clip", "--sharding", "fsdp"], "--stage clip goes with --sharding ddp"), (["--ema-every", "0"], "--ema-every is 0; the least is 1"),
     (["--clip-length", "17"], "--clip-length is 17; the CLIPs of"),
     (["--device", "toaster"], "device 'toaster' cannot be used")])
 def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, monkeypatch, arguments, reason):
@@ -349,10 +350,12 @@ def test_newest_checkpoints_and_milestones_are_kept(tmp_path):
 
 
 def test_watching_records_each_block_and_changes_nothing(run, tiny, tmp_path):
-    for name, every in (("off", 0), ("on", 2)):
-        run(stage="pretrain", out=str(tmp_path / name), weights=str(tiny), depth=2, steps=4, watch_every=every)
+    for name, every, again in (("off", 0, False), ("on", 2, False), ("again", 2, True)):
+        run(stage="pretrain", out=str(tmp_path / name), weights=str(tiny), depth=2, steps=4, watch_every=every, checkpointing=again)
     seen = [row for row in rows(tmp_path / "on", "pretrain") if "entropies" in row]
     assert [row["step"] for row in seen] == [2, 4] and all(len(row["max_logits"]) == len(row["entropies"]) == 2 for row in seen)
+    recomputed = [row for row in rows(tmp_path / "again", "pretrain") if "entropies" in row]
+    assert all(np.allclose(a[name], b[name], rtol=1e-5) for a, b in zip(seen, recomputed) for name in ("entropies", "max_logits"))
     assert all(0 < e <= np.log(4 + 16 + 24) + 1e-4 for row in seen for e in row["entropies"])         # 4 image tokens, 16 + 24 of text
     assert same(weights(tmp_path / "off"), weights(tmp_path / "on")) and not any("entropies" in row for row in rows(tmp_path / "off", "pretrain"))
 
