@@ -408,7 +408,8 @@ class Dataset:
 
 
 class Shapes(Dataset):
-    """The world above: as many scenes as one asks for, of one level or (`all`) of each in turn; or (`texts`) `all` in words only, of any (shape, color) pair. No scene of another split is drawn from the same random numbers."""
+    """The world above: as many scenes as one asks for, of one level or (`all`) of each in turn; or (`texts`) `all` in words only, of any (shape, color) pair.
+    No scene of another split is drawn from the same random numbers."""
 
     twins = False  # every scene at an odd index is the twin of the one before
 
