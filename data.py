@@ -344,7 +344,7 @@ def named(thing, color=True):
 
 
 def original_caption(scene, rng):
-    """Colors may be left out, how two things lie may be, and the background mostly is, but never an object."""
+    """Colors are left out three times of ten, how two things lie once, the background mostly, an object never."""
     things, color = scene.things, rng.random() < 0.7
     if len(things) > 1 and len({(t.shape, t.color, t.word) for t in things}) == 1:
         text = f"{NUMBERS[len(things)]} {things[0].color + ' ' if color else ''}{plural(things[0].shape)}"

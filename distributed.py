@@ -6,6 +6,7 @@ With one process every function here does nothing or the obvious.
 import contextlib
 import os
 import shutil
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,11 +37,10 @@ def processes(device, sharding):
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2), **alone)  # the others wait while rank 0 evaluates
     try:
         yield device
-    except Exception:       # perhaps of this process alone: NCCL would wait for the others, which wait for this one; torchrun ends them
-        if dist.get_backend() != "nccl":
+    finally:
+        failed = isinstance(sys.exc_info()[1], Exception)       # perhaps alone: NCCL would wait for the others, which wait for this process; torchrun ends them
+        if not failed or dist.get_backend() != "nccl":
             dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
 
 
 def rank():

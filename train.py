@@ -84,7 +84,7 @@ class TrainConfig:
                           choices=("auto", "fp32", "bf16"))
     tf32: bool = flag(True, "products of fp32 matrices in TF32, on GPUs", "machine")
     checkpointing: bool = flag(False, "recompute each block of the MM-DiT in the backward pass: less memory, a third more FLOPs", "machine")
-    sharding: str = flag("ddp", "each process has all weights, or a part (fsdp: FSDP2)", "machine", choices=("ddp", "fsdp"))
+    sharding: str = flag("ddp", "each process has all weights, or a part (fsdp: FSDP2; the CLIPs always ddp)", "machine", choices=("ddp", "fsdp"))
     compile: bool = flag(False, "torch.compile the MM-DiT; needs a C++ compiler on CPUs", "machine")
     threads: int = flag(0, "CPU threads; 0: torch's choice", "machine")
 
