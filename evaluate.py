@@ -465,6 +465,7 @@ class EvaluateConfig:
     steps: int = flag(0, "steps of the sampler; 0: the bundle's", "sampling")
     cfg: float = flag(-1.0, "guidance scale; -1: the bundle's", "sampling")
     shift: float = flag(0.0, "timestep shift; 0: the bundle's", "sampling")
+    t_last: float = flag(-1.0, "where the last step begins; -1: the bundle's", "sampling")
     sampler: str = flag("", "ODE solver; empty: the bundle's", "sampling")
     width: int = flag(0, "of the pictures of the categories and of typography; 0: the bundle's", "sampling", unit="pixels")
     height: int = flag(0, "likewise", "sampling", unit="pixels")
@@ -483,7 +484,7 @@ def evaluate_edits(bundle, cfg, sampling):
 def main():
     cfg = parse_config(EvaluateConfig, description=__doc__)
     bundle = checkpoint.load_bundle(cfg.weights)
-    sampling = {name: getattr(cfg, name) for name in ("steps", "cfg", "shift", "sampler")} | {name: getattr(cfg, name) or None for name in ("width", "height")}
+    sampling = {name: getattr(cfg, name) for name in ("steps", "cfg", "shift", "t_last", "sampler")} | {name: getattr(cfg, name) or None for name in ("width", "height")}
     if latent_channels(bundle.mmdit)[1]:
         return evaluate_edits(bundle, cfg, sampling)
     scores = {}

@@ -35,6 +35,7 @@ class SampleConfig:
     steps: int = flag(0, "steps of the sampler; 0: the bundle's", "sampling")
     cfg: float = flag(-1.0, "guidance scale, 1 is none; -1: the bundle's", "sampling")
     shift: float = flag(0.0, "timestep shift alpha of Eq. 23; 0: the bundle's", "sampling")
+    t_last: float = flag(-1.0, "noise level from which the last step goes to the picture at once; -1: the bundle's", "sampling")
     sampler: str = flag("", "ODE solver; empty: the bundle's (euler, heun, ...)", "sampling")
     seed: int = flag(0, "picture i is drawn from noise of seed + i", "sampling")
     width: int = flag(None, "width, a multiple of 16; the bundle's unless given", "picture", unit="pixels")
@@ -163,7 +164,7 @@ def initial_noise(bundle, n, seed, width, height):
 
 @torch.inference_mode()
 def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, sampler="", seed=0, width=None, height=None,
-             encoders=("clip_l", "clip_g", "t5"), callback=None, init=None, strength=0.6, mask=None, edit=None, image_cfg=-1.0):
+             encoders=("clip_l", "clip_g", "t5"), callback=None, init=None, strength=0.6, mask=None, edit=None, image_cfg=-1.0, t_last=-1.0):
     """One picture a prompt: uint8 (B, H, W, 3) on the CPU. What is None, 0, -1 or empty is as the bundle's config says; a side of 0 is refused.
 
     Picture i starts from noise of seed + i, so it does not depend on the others. `callback(i, t, images)` is given the data
@@ -173,7 +174,7 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
     defaults = bundle.config
     steps, shift, sampler = steps or defaults["steps"], shift or defaults["shift"], sampler or defaults["sampler"]
     cfg = defaults["cfg"] if cfg < 0 else cfg
-    image_cfg = defaults.get("image_cfg", 1.0) if image_cfg < 0 else image_cfg
+    image_cfg, t_last = (defaults.get(name, none) if value < 0 else value for name, value, none in (("image_cfg", image_cfg, 1.0), ("t_last", t_last, 0.0)))
     width, height = (defaults["resolution"] if side is None else side for side in (width, height))
     check_size(width, height)
     if sampler not in SAMPLERS:
@@ -186,8 +187,10 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
     if not 1 <= steps <= 1000 or not 0 < shift <= 100:
         raise ValueError(f"steps is {steps} and shift {shift}; steps must be in 1..1000, shift above 0 and at most 100")
 
+    if init is not None and strength <= t_last:
+        t_last = 0.0                              # begun below it, the grid would have no step
     form = formulation(defaults["formulation"])
-    ts = timesteps(steps, shift, form.t_max, form.t_min, defaults.get("schedule", "uniform"))
+    ts = timesteps(steps, shift, form.t_max, form.t_min, defaults.get("schedule", "uniform"), t_last)
     source = None if edit is None else bundle.vae.to_latents(edit.to(bundle.device), sample=False)
     velocity = guided_velocity(bundle, prompts, cfg, negative_prompt, encoders, ts, source, image_cfg)   # first: an encoder may be let go before the MM-DiT is loaded
     noise = initial_noise(bundle, len(prompts), seed, width, height)
@@ -318,10 +321,10 @@ def main():
             bar.update()
         images = generate(bundle, wanted, cfg.negative_prompt, cfg.steps, cfg.cfg, cfg.shift, cfg.sampler, cfg.seed,
                           encoders=tuple(filter(None, cfg.encoders.split(","))), callback=preview if cfg.trajectory else None, strength=cfg.strength,
-                          image_cfg=cfg.image_cfg, **start)
+                          image_cfg=cfg.image_cfg, t_last=cfg.t_last, **start)
     picture = grid(images)
     larger = (picture.width * cfg.zoom, picture.height * cfg.zoom)
-    used = {name: bundle.config[name] for name in ("steps", "cfg", "shift", "sampler") if getattr(cfg, name) == getattr(SampleConfig, name)}
+    used = {name: bundle.config[name] for name in ("steps", "cfg", "shift", "t_last", "sampler") if name in bundle.config and getattr(cfg, name) == getattr(SampleConfig, name)}
     texts = {**asdict(cfg), **used, "prompt": "\n".join(prompts), "software": "nanoSD3"}
     save_png(picture.resize(larger, Image.Resampling.NEAREST), out, texts)
     if cfg.trajectory:

@@ -26,8 +26,10 @@ STRAIGHT = Straight()
 
 # ---- time grids, (steps + 1,), from t_max down to t_min, both included -------------------------------------------------
 
-def timesteps(steps, shift=1.0, t_max=1.0, t_min=0.0, schedule="uniform"):
+def timesteps(steps, shift=1.0, t_max=1.0, t_min=0.0, schedule="uniform", t_last=0.0):
     """A grid on [1, 0], shifted once (Eq. 23), then scaled to [t_max, t_min].
+
+    t_last: where the last step begins, which goes down to t_min at once, as from k-diffusion's sigma_min; the grid above it has the other steps.
 
     schedule: 'uniform'; 'logit-normal', quantiles of Eq. 19 with s = 1 (and, by the shift, m = log(shift)); 'released', what Stability
     and diffusers do, shifting the low end twice (the last t before 0 is 0.0089 for shift 3 in the limit, not 0.0030); or any
@@ -35,6 +37,10 @@ def timesteps(steps, shift=1.0, t_max=1.0, t_min=0.0, schedule="uniform"):
     """
     if steps < 1 or not shift > 0:
         raise ValueError(f"timesteps: steps must be at least 1 and shift above 0, not {steps} and {shift}")
+    if not t_last < t_max:
+        raise ValueError(f"timesteps: t_last must be below t_max, {t_max}, not {t_last}")
+    if t_last > t_min and steps > 1:
+        return torch.cat([timesteps(steps - 1, shift, t_max, t_last, schedule), torch.tensor([t_min])])
     u = torch.linspace(1, 0, steps + 1)
     if schedule == "released":
         lowest = shift * 0.001 / (1 + (shift - 1) * 0.001)

@@ -60,10 +60,10 @@ class TrainConfig:
     clip_length: int = flag(16, "tokens a prompt for the CLIPs", "model")
     t5_length: int = flag(24, "tokens a prompt for T5", "model")
     formulation: str = flag("rf/lognorm(0.00,1.00)", "path, prediction and density of t (flow.py)", "flow")
-    shift: float = flag(0.0, "timestep shift alpha (Eq. 23), in training and sampling; 0: 2, or for finetune and edit the start's times sqrt(m / n) for m pixels after n", "flow")
+    shift: float = flag(0.0, "timestep shift alpha (Eq. 23), in training and sampling; 0: 3, or for finetune and edit the start's times sqrt(m / n) for m pixels after n", "flow")
     text_dropout: float = flag(0.464, "probability with which each text encoder is left out (App. B.3)", "flow")
     image_dropout: float = flag(0.1, "of stage edit: probability with which the picture to edit is left out", "flow")
-    cfg: float = flag(4.0, "guidance scale of the sample grids, and the bundle's default", "flow")
+    cfg: float = flag(0.0, "guidance scale of the sample grids, and the bundle's default; 0: 4, of shapes 2.5", "flow")
     resolution: int = flag(64, "side of the pictures", "data", unit="pixels")
     filter: str = flag("", "which pictures, by columns of the metadata: \"aesthetic>5 and nsfw<0.2\"", "data")
     buckets: bool = flag(False, "keep aspect ratios: batches of sizes of about resolution^2 pixels (Sec. 5.3.2); for the MM-DiT", "data")
@@ -93,7 +93,7 @@ class TrainConfig:
 DEFAULTS = {"vae": dict(steps=12000, batch_size=16, lr=1e-3, muon_lr=0.02),
             "clip": dict(steps=1200, batch_size=128, lr=1e-3, optimizer="adamw", grad_accum=1, muon_lr=0.02, sharding="ddp"),
             "t5": dict(steps=250, batch_size=64, lr=1e-3, muon_lr=0.01),
-            "pretrain": dict(steps=14000, batch_size=64, lr=1e-3, muon_lr=0.02, shift=2.0),
+            "pretrain": dict(steps=14000, batch_size=64, lr=1e-3, muon_lr=0.02, shift=3.0),
             "finetune": dict(steps=4000, batch_size=64, lr=5e-4, muon_lr=0.01),
             "edit": dict(steps=6000, batch_size=64, lr=5e-4, muon_lr=0.01)}
 
@@ -587,8 +587,11 @@ def run_bundle(cfg, dataset):
         raise ValueError(f"--clip-length is {cfg.clip_length}; the CLIPs of {clip_l.parent} have positions for {most}")
     if missing and not distributed.rank():
         checkpoint.copy_parts(cfg.weights, cfg.out, missing)
+    sampling = {"steps": 14, "sampler": "abm2"} | ({"image_cfg": 1.5} if cfg.stage == "edit" else {})
+    if cfg.stage == "pretrain" and cfg.data.startswith("shapes"):      # late steps pull to the (shape, color) pairs of the training (RESULTS.md)
+        sampling = {"steps": 28, "sampler": "euler", "t_last": 0.4}
     config = {"clip_length": cfg.clip_length, "t5_length": cfg.t5_length, "resolution": cfg.resolution, "formulation": cfg.formulation,
-              "shift": cfg.shift, "steps": 14, "cfg": cfg.cfg, "sampler": "abm2", "unconditional": "zeros", "data": cfg.data, **({"image_cfg": 1.5} if cfg.stage == "edit" else {})}
+              "shift": cfg.shift, "cfg": cfg.cfg, "unconditional": "zeros", "data": cfg.data, **sampling}
     if not distributed.rank():
         checkpoint.write_json(Path(cfg.out) / "config.json", config)
     distributed.barrier()
@@ -676,7 +679,7 @@ TRAIN = {**FROM_NOTHING, "finetune": train_mmdit, "edit": train_mmdit}
 def with_defaults(cfg, stage):
     """The settings of one stage of `cfg.stage`."""
     taken = {k: v for k, v in DEFAULTS[stage].items() if getattr(cfg, k) in (0, "auto") or (cfg.stage == "all" and stage != "pretrain")}
-    return replace(cfg, stage=stage, **taken)
+    return replace(cfg, stage=stage, cfg=cfg.cfg or (2.5 if cfg.data.startswith("shapes") else 4.0), **taken)
 
 
 def check(cfg, processes):

@@ -187,7 +187,8 @@ def test_copy_parts_takes_what_it_is_asked_for(tiny, tmp_path):
 
 @pytest.mark.parametrize("content, reason", [
     (None, "config.json is not there"), ("{", "config.json is no JSON file"), ("[1]", "is no bundle's: it lacks clip_length"), ('{"_class_name": "CLIP"}', "it lacks clip_length"),
-    ('{"clip_length": 16, "t5_length": 24, "resolution": 32, "formulation": "rf", "shift": 1, "cfg": 2, "sampler": "euler"}', "it lacks steps$")])
+    ('{"clip_length": 16, "t5_length": 24, "resolution": 32, "formulation": "rf", "shift": 1, "cfg": 2, "sampler": "euler"}', "it lacks steps$"),
+    ('{"clip_length": 16, "t5_length": 24, "resolution": 32, "formulation": "rf", "shift": 1, "cfg": 2, "steps": 3, "sampler": "euler", "t_last": "low"}', "t_last is 'low', no number")])
 def test_folders_that_are_no_bundles(tmp_path, content, reason):
     if content:
         (tmp_path / "config.json").write_text(content)

@@ -74,7 +74,7 @@ def test_larger_than_the_positions(bundle):
         generate(bundle, [A], width=256)
 
 
-@pytest.mark.parametrize("change", [dict(steps=4), dict(cfg=4.0), dict(shift=3.0), dict(sampler="heun"), dict(negative_prompt=B), dict(encoders=("clip_l", "clip_g")),
+@pytest.mark.parametrize("change", [dict(steps=4), dict(cfg=4.0), dict(shift=3.0), dict(sampler="heun"), dict(t_last=0.5), dict(negative_prompt=B), dict(encoders=("clip_l", "clip_g")),
                                     dict(encoders=("t5",)), dict(encoders=())])
 def test_every_setting_changes_the_picture(bundle, change):
     assert differ(generate(bundle, [A]), generate(bundle, [A], **change)) > 1

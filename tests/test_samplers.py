@@ -298,9 +298,18 @@ def test_log_snr_grid_is_uniform():
         assert gaps.min() > 0 and gaps.max() / gaps.min() < 1.02
 
 
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"steps": 5, "shift": 0}, {"steps": 5, "shift": math.nan}, {"steps": 5, "schedule": "karras"}])
+def test_last_step_begins_at_t_last():
+    ts = timesteps(28, 3.0, t_last=0.4)
+    assert len(ts) == 29 and ts[-2:].tolist() == pytest.approx([0.4, 0.0]) and (ts.diff() < 0).all()
+    assert torch.allclose(ts[:-1], 0.4 + 0.6 * timesteps(27, 3.0))
+    assert timesteps(1, t_last=0.4).tolist() == [1.0, 0.0]
+    assert torch.equal(timesteps(5, t_min=0.1, t_last=0.1), timesteps(5, t_min=0.1))
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"steps": 5, "shift": 0}, {"steps": 5, "shift": math.nan}, {"steps": 5, "schedule": "karras"}, {"steps": 5, "t_last": 1},
+                                 {"steps": 5, "t_last": math.nan}])
 def test_bad_grids_say_why(bad):
-    with pytest.raises(ValueError, match=r"at least 1|known are"):
+    with pytest.raises(ValueError, match=r"at least 1|known are|below t_max"):
         timesteps(**bad)
 
 

@@ -81,7 +81,7 @@ def test_all_stages_on_shapes_give_a_bundle(run, cli, refused, tmp_path, capsys)
 
     bundle = checkpoint.load_bundle(out)
     latents = bundle.vae.to_latents(torch.rand(1, 3, 32, 32), sample=False)
-    assert latents.shape == (1, 4, 4, 4) and isinstance(bundle.vae.shift, list) and bundle.config["steps"] == 14
+    assert latents.shape == (1, 4, 4, 4) and isinstance(bundle.vae.shift, list) and bundle.config["steps"] == 28
     assert generate(bundle, ["a red circle"], steps=2).shape == (1, 32, 32, 3)
     assert cli("sample.py", "--prompt", "a red circle", "--weights", out, "--out", tmp_path / "out.png")[0] == 0
 
@@ -240,11 +240,11 @@ def test_settings_change_the_weights(run, tiny, tmp_path, monkeypatch):
     plain = trained("plain")
     assert same(plain, trained("again"))
     changes = dict(seed=1, lr=2e-3, optimizer="adamw", muon_lr=0.01, warmup=1, decay=1.0, weight_decay=0.5, clip_grad=0.01, ema_decay=0.1, ema_every=2, lr_schedule="constant",
-                   formulation="rf", shift=3.0, text_dropout=1.0,
+                   formulation="rf", shift=2.0, text_dropout=1.0,
                    synthetic_share=1.0, reuse=1, qk_norm=False, weight_sets=3, batch_size=2, chunk=4, init_from=str(tmp_path / "plain"))
     for name, value in changes.items():
         assert not same(plain, trained(name, **{name: value})), name
-    assert checkpoint.read_json(tmp_path / "shift" / "config.json")["shift"] == 3.0 and checkpoint.read_json(tmp_path / "plain" / "config.json")["shift"] == DEFAULTS["pretrain"]["shift"]
+    assert checkpoint.read_json(tmp_path / "shift" / "config.json")["shift"] == 2.0 and checkpoint.read_json(tmp_path / "plain" / "config.json")["shift"] == DEFAULTS["pretrain"]["shift"]
 
 
 def test_lr_factor():
