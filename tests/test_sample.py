@@ -144,6 +144,8 @@ def test_strength_says_how_much_is_drawn_anew(bundle):
     assert near < middle < far
     assert generate(bundle, [A], steps=20, init=init, strength=1.0).equal(generate(bundle, [A], steps=20))      # all anew: the picture is not looked at
     assert not generate(bundle, [A], init=init, strength=0.7).equal(generate(bundle, [A], init=-init, strength=0.7))
+    below, small = (generate(bundle, [A], steps=20, init=init, strength=0.3, t_last=t) for t in (0.5, 0.0))        # begun below t_last, its steps are small
+    assert below.equal(small)
 
 
 @pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "sde"])
