@@ -174,7 +174,8 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
     defaults = bundle.config
     steps, shift, sampler = steps or defaults["steps"], shift or defaults["shift"], sampler or defaults["sampler"]
     cfg = defaults["cfg"] if cfg < 0 else cfg
-    image_cfg, t_last = (defaults.get(name, none) if value < 0 else value for name, value, none in (("image_cfg", image_cfg, 1.0), ("t_last", t_last, 0.0)))
+    image_cfg = defaults.get("image_cfg", 1.0) if image_cfg < 0 else image_cfg
+    t_last = defaults.get("t_last", 0.0) if t_last < 0 else t_last
     width, height = (defaults["resolution"] if side is None else side for side in (width, height))
     check_size(width, height)
     if sampler not in SAMPLERS:

@@ -587,8 +587,10 @@ def run_bundle(cfg, dataset):
         raise ValueError(f"--clip-length is {cfg.clip_length}; the CLIPs of {clip_l.parent} have positions for {most}")
     if missing and not distributed.rank():
         checkpoint.copy_parts(cfg.weights, cfg.out, missing)
-    sampling = {"steps": 14, "sampler": "abm2"} | ({"image_cfg": 1.5} if cfg.stage == "edit" else {})
-    if cfg.stage == "pretrain" and cfg.data.startswith("shapes"):      # late steps pull to the (shape, color) pairs of the training (RESULTS.md)
+    sampling = {"steps": 14, "sampler": "abm2"}
+    if cfg.stage == "edit":
+        sampling["image_cfg"] = 1.5
+    elif cfg.stage == "pretrain" and cfg.data.startswith("shapes"):    # late steps pull to the (shape, color) pairs of the training (RESULTS.md)
         sampling = {"steps": 28, "sampler": "euler", "t_last": 0.4}
     config = {"clip_length": cfg.clip_length, "t5_length": cfg.t5_length, "resolution": cfg.resolution, "formulation": cfg.formulation,
               "shift": cfg.shift, "cfg": cfg.cfg, "unconditional": "zeros", "data": cfg.data, **sampling}
