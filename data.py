@@ -40,6 +40,7 @@ SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "h
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LEVELS = ("lattice", "sizes", "jitter", "free")
 KINDS = {"single": 0.15, "group": 0.2, "pair": 0.5, "several": 0.1, "sign": 0.05}  # of scenes: their shares
+SIGNS = {"single": 0.1, "group": 0.1, "pair": 0.35, "several": 0.05, "sign": 0.4}  # where spelling is learned
 RADII = {"small": 0.35, "medium": 0.42, "large": 0.46}
 NUMBERS = ("zero", "a", "two", "three", "four")
 
@@ -79,7 +80,7 @@ def cells(width, height):
     return round(4 * width / short), round(4 * height / short)
 
 
-def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False):
+def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False, kinds=KINDS):
     """A scene of the given level of difficulty. held_out: of pairs and words that no picture of the training has (True), of the others (False), or of any pairs (None)."""
     def attributes():
         while True:
@@ -87,7 +88,7 @@ def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False):
             if held_out is None or (pair in HELD_OUT_PAIRS) == held_out:
                 return pair
 
-    kind = rng.choice(list(KINDS), p=list(KINDS.values()))
+    kind = rng.choice(list(kinds), p=list(kinds.values()))
     pairs = {"single": lambda: [attributes()],
              "group": lambda: [attributes()] * rng.integers(2, 5),
              "pair": lambda: distinct(attributes, 2),
@@ -408,16 +409,18 @@ class Dataset:
 
 
 class Shapes(Dataset):
-    """The world above: as many scenes as one asks for, of one level or (`all`) of each in turn; or (`texts`) `all` in words only, of any (shape, color) pair.
+    """The world above: as many scenes as one asks for, of one level or (`all`) of each in turn; or (`signs`) lattices of which four in ten have a sign;
+    or (`texts`) `all` in words only, of any (shape, color) pair.
     No scene of another split is drawn from the same random numbers."""
 
     twins = False  # every scene at an odd index is the twin of the one before
 
     def __init__(self, level="lattice", width=64, height=64, split="train", seed=0, buckets=False):
-        levels = {level: (level,) for level in LEVELS} | {"all": LEVELS, "texts": LEVELS}
+        levels = {level: (level,) for level in LEVELS} | {"all": LEVELS, "signs": ("lattice",), "texts": LEVELS}
         if level not in levels:
             raise ValueError(f"unknown level {level!r} of shapes; known: {', '.join(levels)}")
         self.levels, self.held_out = levels[level], None if level == "texts" else split == "unseen"
+        self.kinds = SIGNS if level == "signs" else KINDS
         self.seed = seed, ("train", "val", "unseen").index(split)
         self.sizes = [size for size in bucket_sizes(width) if max(size) <= 2 * min(size)] if buckets else [(width, height)]      # 1:2 to 2:1; a scene has room for its things
 
@@ -438,7 +441,7 @@ class Shapes(Dataset):
             scene, rng = self.scene(index - 1)
             return twin(rng, scene), rng
         rng = np.random.default_rng((*self.seed, index))
-        return random_scene(rng, self.level(index), *cells(*self.size(index)), held_out=self.held_out), rng
+        return random_scene(rng, self.level(index), *cells(*self.size(index)), self.held_out, self.kinds), rng
 
     def level(self, index):
         return self.levels[(index // 2 if self.twins else index) // len(self.sizes) % len(self.levels)]

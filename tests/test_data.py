@@ -420,6 +420,8 @@ def test_specs(tmp_path):
     save(tmp_path / "a.png", (1, 1, 1), text="x")
     assert open_data("shapes", 32, 16).levels == ("lattice",) and open_data("shapes:all").levels == LEVELS
     assert open_data("shapes:free", 32, 16)[3].image.shape == (16, 32, 3)
+    signs = open_data("shapes:signs")
+    assert signs.levels == ("lattice",) and 360 < sum(any(t.word for t in signs.scene(i)[0].things) for i in range(1000)) < 440
     texts = open_data("shapes:texts")
     assert set(data.HELD_OUT_PAIRS) < {(t.shape, t.color) for i in range(1000) for t in texts.scene(i)[0].things}
     for spec in ("shapes:texts", "shape-edits:texts"):
