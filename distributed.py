@@ -106,7 +106,7 @@ def wrap(module, loss_of, cfg, dtype):
         for block in getattr(module, "joint_blocks", []):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         return fully_shard(network, mesh=mesh, mp_policy=policy)
-    return DistributedDataParallel(network) if world() > 1 else network
+    return DistributedDataParallel(network, broadcast_buffers=False) if world() > 1 else network
 
 
 @contextlib.contextmanager

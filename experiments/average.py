@@ -1,0 +1,40 @@
+"""The MM-DiT between two that share a start, by averaging their weights (Wortsman et al. 2022): each keeps some of what the other has forgotten.
+
+    python experiments/average.py --weights SPELLS --other BEFORE --share 0.3 --out runs/average
+
+Writes a bundle: the weights (1 - share) times those of --weights and share times those of --other, all else from --weights.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from config import flag, one_line_errors, parse_config  # noqa: E402
+
+
+@dataclass
+class Config:
+    weights: str = flag("weights/mini", "bundle to begin with", "what")
+    other: str = flag("", "bundle whose MM-DiT has its architecture", "what")
+    share: float = flag(0.3, "of --other, 0 to 1", "what")
+    out: str = flag("runs/average", "bundle to write", "what")
+
+
+def main(cfg):
+    import checkpoint
+
+    one, other = (checkpoint.load_bundle(path) for path in (cfg.weights, cfg.other))
+    config = one.part("mmdit").config
+    if config != other.part("mmdit").config:
+        raise ValueError(f"the MM-DiTs of {cfg.weights} and {cfg.other} differ in architecture")
+    if not 0 <= cfg.share <= 1:
+        raise ValueError(f"--share is {cfg.share}, not between 0 and 1")
+    theirs = other.mmdit.state_dict()
+    one.mmdit.load_state_dict({name: value.lerp(theirs[name], cfg.share) for name, value in one.mmdit.state_dict().items()})
+    checkpoint.copy_parts(cfg.weights, cfg.out)
+    checkpoint.save_part(cfg.out, "mmdit", one.mmdit, config)
+
+
+if __name__ == "__main__":
+    one_line_errors(lambda: main(parse_config(Config, description=__doc__)))
