@@ -2,7 +2,7 @@
 
     python experiments/average.py --weights SPELLS --other BEFORE --share 0.3 --out runs/average
 
-Writes a bundle: the weights (1 - share) times those of --weights and share times those of --other, all else from --weights.
+Writes a bundle: the weights (1 - share) times those of --weights and share times those of --other, all else from --weights. A share of -s / (1 - s) undoes one of s.
 """
 
 import sys
@@ -17,7 +17,7 @@ from config import flag, one_line_errors, parse_config  # noqa: E402
 class Config:
     weights: str = flag("weights/mini", "bundle to begin with", "what")
     other: str = flag("", "bundle whose MM-DiT has its architecture", "what")
-    share: float = flag(0.3, "of --other, 0 to 1", "what")
+    share: float = flag(0.3, "of --other, -1 to 1; below 0 leads away from it", "what")
     out: str = flag("runs/average", "bundle to write", "what")
 
 
@@ -28,8 +28,8 @@ def main(cfg):
     config = one.part("mmdit").config
     if config != other.part("mmdit").config:
         raise ValueError(f"the MM-DiTs of {cfg.weights} and {cfg.other} differ in architecture")
-    if not 0 <= cfg.share <= 1:
-        raise ValueError(f"--share is {cfg.share}, not between 0 and 1")
+    if not -1 <= cfg.share <= 1:
+        raise ValueError(f"--share is {cfg.share}, not between -1 and 1")
     theirs = other.mmdit.state_dict()
     one.mmdit.load_state_dict({name: value.lerp(theirs[name], cfg.share) for name, value in one.mmdit.state_dict().items()})
     checkpoint.copy_parts(cfg.weights, cfg.out)
