@@ -81,7 +81,8 @@ def cells(width, height):
 
 
 def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False, kinds=KINDS):
-    """A scene of the given level of difficulty. held_out: of pairs and words that no picture of the training has (True), of the others (False), or of any pairs (None)."""
+    """A scene of the given level of difficulty. held_out: of pairs and words that no picture of the training has (True), of the others (False), or of any pairs (None).
+    kinds: the share of each kind of scene."""
     def attributes():
         while True:
             pair = SHAPES[rng.integers(8)], list(COLORS)[rng.integers(8)]

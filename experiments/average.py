@@ -24,16 +24,14 @@ class Config:
 def main(cfg):
     import checkpoint
 
-    one, other = (checkpoint.load_bundle(path) for path in (cfg.weights, cfg.other))
-    config = one.part("mmdit").config
-    if config != other.part("mmdit").config:
-        raise ValueError(f"the MM-DiTs of {cfg.weights} and {cfg.other} differ in architecture")
     if not -1 <= cfg.share <= 1:
         raise ValueError(f"--share is {cfg.share}, not between -1 and 1")
+    one, other = (checkpoint.load_bundle(path) for path in (cfg.weights, cfg.other))
+    if one.part("mmdit").config != other.part("mmdit").config:
+        raise ValueError(f"the MM-DiTs of {cfg.weights} and {cfg.other} differ in architecture")
     theirs = other.mmdit.state_dict()
     one.mmdit.load_state_dict({name: value.lerp(theirs[name], cfg.share) for name, value in one.mmdit.state_dict().items()})
-    checkpoint.copy_parts(cfg.weights, cfg.out)
-    checkpoint.save_part(cfg.out, "mmdit", one.mmdit, config)
+    checkpoint.save_bundle(one, cfg.out)
 
 
 if __name__ == "__main__":

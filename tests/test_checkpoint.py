@@ -199,14 +199,13 @@ def test_folders_that_are_no_bundles(tmp_path, content, reason):
 
 
 def test_average_lies_between_two(tiny, tmp_path, cli):
-    other = checkpoint.load_bundle(tiny)
+    other = load_bundle(tiny)
     with torch.no_grad():
         for p in other.mmdit.parameters():
             p.add_(1)
-    checkpoint.copy_parts(tiny, tmp_path / "other")
-    checkpoint.save_part(tmp_path / "other", "mmdit", other.mmdit, other.part("mmdit").config)
+    save_bundle(other, tmp_path / "other")
     command = "experiments/average.py", "--weights", tiny, "--other", tmp_path / "other", "--out", tmp_path / "out"
     assert cli(*command, "--share", 0.25)[0] == 0
-    before, after = (dict(checkpoint.load_bundle(path).mmdit.named_parameters()) for path in (tiny, tmp_path / "out"))
+    before, after = (dict(load_bundle(path).mmdit.named_parameters()) for path in (tiny, tmp_path / "out"))
     assert all(torch.allclose(after[name], before[name] + 0.25, atol=2e-3) for name in before)
     assert cli(*command, "--share", 2)[::2] == (2, ["average.py: --share is 2.0, not between -1 and 1"])
