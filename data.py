@@ -40,7 +40,7 @@ SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "h
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LEVELS = ("lattice", "sizes", "jitter", "free")
 KINDS = {"single": 0.15, "group": 0.2, "pair": 0.5, "several": 0.1, "sign": 0.05}  # of scenes: their shares
-SIGNS = {"single": 0.1, "group": 0.1, "pair": 0.35, "several": 0.05, "sign": 0.4}  # where spelling is learned
+SIGNS = {"single": 0.1, "group": 0.2, "pair": 0.35, "several": 0.05, "sign": 0.3}  # where spelling is learned
 RADII = {"small": 0.35, "medium": 0.42, "large": 0.46}
 NUMBERS = ("zero", "a", "two", "three", "four")
 
@@ -410,13 +410,13 @@ class Dataset:
 
 
 class Shapes(Dataset):
-    """The world above: as many scenes as one asks for, of one level or (`all`) of each in turn; or (`signs`) lattices of which four in ten have a sign;
+    """The world above: as many scenes as one asks for, of one level or (`all`) of each in turn; or (`signs`) lattices of which three in ten have a sign;
     or (`texts`) `all` in words only, of any (shape, color) pair.
     No scene of another split is drawn from the same random numbers."""
 
     twins = False  # every scene at an odd index is the twin of the one before
 
-    def __init__(self, level="lattice", width=64, height=64, split="train", seed=0, buckets=False):
+    def __init__(self, level="lattice", width=64, height=64, split="train", seed=0, buckets=False, keep_resolution=0):
         levels = {level: (level,) for level in LEVELS} | {"all": LEVELS, "signs": ("lattice",), "texts": LEVELS}
         if level not in levels:
             raise ValueError(f"unknown level {level!r} of shapes; known: {', '.join(levels)}")
@@ -424,6 +424,7 @@ class Shapes(Dataset):
         self.kinds = SIGNS if level == "signs" else KINDS
         self.seed = seed, ("train", "val", "unseen").index(split)
         self.sizes = [size for size in bucket_sizes(width) if max(size) <= 2 * min(size)] if buckets else [(width, height)]      # 1:2 to 2:1; a scene has room for its things
+        self.sizes += [(keep_resolution, keep_resolution)] * (len(self.sizes) // 2 or 1) if keep_resolution else []
 
     def __len__(self):
         return 2 ** 31
@@ -887,16 +888,17 @@ COUPLES = "shape-edits[:LEVEL], edits:DIR|FILE.jsonl, pairs:DIR|FILE.jsonl"
 
 
 def open_data(spec, width=64, height=64, split="train", seed=0, **options):
-    """The data set of a SPEC. `split` is train or val (shapes also: unseen); options: filter, buckets, upscale, where the pictures have many sizes."""
+    """The data set of a SPEC. `split` is train or val (shapes also: unseen); options: filter, buckets, upscale, where the pictures have many sizes; of shapes, buckets
+    and keep_resolution, the side of squares that are a third of the samples beside."""
     name, _, argument = spec.partition(":")
     if name not in SOURCES:
         raise ValueError(f"unknown data {spec!r}; known: {SPECS}, {COUPLES}")
     if not issubclass(SOURCES[name], Shapes) and not argument:
         raise ValueError(f"--data {name} needs a folder: {name}:DIR")
     options = {key: value for key, value in options.items() if value}
-    taken = options.keys() if issubclass(SOURCES[name], Pictures) else {"buckets"} if issubclass(SOURCES[name], Shapes) else ()
+    taken = ("filter", "buckets", "upscale") if issubclass(SOURCES[name], Pictures) else ("buckets", "keep_resolution") if issubclass(SOURCES[name], Shapes) else ()
     if refused := [key for key in options if key not in taken]:
-        raise ValueError(f"--{refused[0]} is for folder:, imagenet: and tar: alone, not for {name}")
+        raise ValueError(f"--{refused[0].replace('_', '-')} is for {'shapes' if refused[0] == 'keep_resolution' else 'folder:, imagenet: and tar:'} alone, not for {name}")
     return SOURCES[name](*[argument] * bool(argument), width=width, height=height, split=split, seed=seed, **options)
 
 

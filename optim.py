@@ -22,8 +22,8 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon computes in bf16 whatever the machine, 40 times slower than fp32 on CPUs without it, and one matrix at a time; here those of one shape go together.
     Of weights that FSDP shards, every process orthogonalises the whole update and keeps its own rows."""
 
-    def __init__(self, parameters, lr, momentum=0.95, dtype=torch.float32):
-        super().__init__(parameters, dict(lr=lr, momentum=momentum))
+    def __init__(self, parameters, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.dtype = dtype
 
     @torch.no_grad()
@@ -35,6 +35,7 @@ class Muon(torch.optim.Optimizer):
         for (rows, columns), parameters in alike.items():
             updates = orthogonalized(torch.stack([self.update(p, group["momentum"]) for p in parameters]).to(self.dtype))
             for p, update in zip(parameters, updates):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(sharded_like(p, update.view(p.shape).to(p.dtype)), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def update(self, p, momentum):
@@ -65,7 +66,7 @@ def make_optimizers(module, cfg, dtype=torch.float32):
     hidden = [p for name, p in parameters.items() if cfg.optimizer != "adamw" and p.ndim >= 2 and not any(word in name for word in rest)]
     others = [p for p in parameters.values() if not any(p is h for h in hidden)]
     adamw = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-15, weight_decay=cfg.weight_decay, fused=True)  # eps: Sec. 5.3.2
-    return [Muon(hidden, cfg.muon_lr, dtype=dtype), adamw] if hidden else [adamw]
+    return [Muon(hidden, cfg.muon_lr, weight_decay=cfg.weight_decay, dtype=dtype), adamw] if hidden else [adamw]
 
 
 def lr_factor(step, cfg):

@@ -46,7 +46,7 @@ class TrainConfig:
     warmup: int = flag(100, "steps of linear warm-up", "optimization")
     lr_schedule: str = flag("linear", "how the learning rate falls to zero over the last steps, or not", "optimization", choices=("constant", "linear", "cosine"))
     decay: float = flag(0.7, "last share of the steps, over which the learning rate falls to zero", "optimization")
-    weight_decay: float = flag(0.0, "of AdamW", "optimization")
+    weight_decay: float = flag(0.0, "of all weights, a share of the learning rate a step", "optimization")
     clip_grad: float = flag(1.0, "largest norm of the gradient", "optimization")
     ema_decay: float = flag(0.998, "of the averaged weights, a step; App. B.3's 0.99 every 100 steps is 0.9999 with --ema-every 100", "optimization")
     ema_every: int = flag(1, "steps between updates of the averaged weights", "optimization")
@@ -68,6 +68,8 @@ class TrainConfig:
     filter: str = flag("", "which pictures, by columns of the metadata: \"aesthetic>5 and nsfw<0.2\"", "data")
     buckets: bool = flag(False, "keep aspect ratios: batches of sizes of about resolution^2 pixels (Sec. 5.3.2); for the MM-DiT", "data")
     upscale: bool = flag(False, "with buckets: take pictures smaller than their bucket too", "data")
+    base_resolution: int = flag(0, "side of the pictures whose tokens have the positions 0 to 16; those of larger ones lie outside, at the same distance; 0: resolution", "model", unit="pixels")
+    keep_resolution: int = flag(0, "of shapes, with buckets: about a third of the batches are squares of this side, so that finetuning does not forget them; 0: none", "data", unit="pixels")
     synthetic_share: float = flag(0.5, "share of synthetic captions, where there are two (Sec. 5.2.2)", "data")
     chunk: int = flag(16384, "samples that the frozen parts encode at once", "data")
     reuse: int = flag(6, "times an encoded sample is seen before fresh ones are encoded", "data")
@@ -281,7 +283,7 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
         for batch, waiting in timed(itertools.islice(data(step * cfg.batch_size), cfg.steps - step)):
             begun = time.perf_counter()
             for optimizer, rate in zip(optimizers, base_rates):
-                optimizer.param_groups[0]["lr"] = rate * lr_factor(step, cfg)
+                optimizer.param_groups[0].update(lr=rate * lr_factor(step, cfg), weight_decay=cfg.weight_decay)     # of this run, not of the checkpoint
             columns = draw(batch, torch.Generator().manual_seed(cfg.seed * 1_000_003 + step))
             module.zero_grad(set_to_none=True)
             with watched(module, cfg.watch_every and (step + 1) % cfg.watch_every == 0 and isinstance(module, MMDiT)) as attentions:
@@ -330,7 +332,7 @@ def open_split(cfg, split, frozen_parts=False):
         spec = "shapes:texts" if cfg.stage == "t5" else "shapes:all"
     elif shapes and cfg.stage == "edit":
         spec = cfg.data.replace("shapes", "shape-edits", 1)
-    several = {} if frozen_parts or shapes and split == "val" else {"buckets": cfg.buckets, "upscale": cfg.upscale}      # `shapes` are validated on squares
+    several = {} if frozen_parts or shapes and split == "val" else {"buckets": cfg.buckets, "upscale": cfg.upscale, "keep_resolution": cfg.keep_resolution}      # `shapes` are validated on squares
     return open_data(spec, cfg.resolution, cfg.resolution, split, cfg.seed, filter=cfg.filter, **several)
 
 
@@ -525,11 +527,11 @@ def start_config(cfg):
 
 def architecture(cfg, sizes, channels):
     """MMDiT's arguments. App. D: the picture to edit lies beside the latents, on the channels."""
-    patches, start = cfg.resolution // 16, start_config(cfg)
+    base, start = (cfg.base_resolution or cfg.resolution) // 16, start_config(cfg)
     more = {"dual_attention_blocks": start["dual_attention_blocks"]} if start.get("dual_attention_blocks") else {}
     more |= {"out_channels": channels} if cfg.stage == "edit" else {}
     return dict(depth=cfg.depth, in_channels=2 * channels if cfg.stage == "edit" else channels, context_dim=sizes.t5, pooled_dim=sizes.clip_l + sizes.clip_g,
-                pos_embed_max_size=4 * patches, base_size=patches, qk_norm=cfg.qk_norm, weight_sets=cfg.weight_sets, clip_length=cfg.clip_length, **more)
+                pos_embed_max_size=cfg.resolution // 4, base_size=base, qk_norm=cfg.qk_norm, weight_sets=cfg.weight_sets, clip_length=cfg.clip_length, **more)
 
 
 def add_qk_norms(cfg, model, latents, context, pooled, form):
@@ -590,6 +592,8 @@ def run_bundle(cfg, dataset):
     sampling = {"steps": 14, "sampler": "abm2"}
     if cfg.stage == "edit":
         sampling["image_cfg"] = 1.5
+    elif cfg.stage == "finetune":
+        sampling = {name: value for name, value in checkpoint.read_object(Path(cfg.init_from) / "config.json").items() if name in ("steps", "sampler", "t_last", "schedule")}
     elif cfg.stage == "pretrain" and cfg.data.startswith("shapes"):    # late steps pull to the (shape, color) pairs of the training (RESULTS.md)
         sampling = {"steps": 28, "sampler": "euler", "t_last": 0.4}
     config = {"clip_length": cfg.clip_length, "t5_length": cfg.t5_length, "resolution": cfg.resolution, "formulation": cfg.formulation,
@@ -613,8 +617,9 @@ def train_mmdit(cfg):
 
     def draw(batch, generator):
         kept = bundle.text.kept(cfg.batch_size, cfg.text_dropout, generator)
-        t = shift(form.sample_t(cfg.batch_size, generator), cfg.shift)
-        noise = torch.randn(cfg.batch_size, channels, *batch[0].shape[2:], generator=generator)
+        size = batch[0].shape[2:]
+        t = shift(form.sample_t(cfg.batch_size, generator), cfg.shift * shift_alpha(math.prod(size), (cfg.resolution // 8) ** 2))      # m: this batch's
+        noise = torch.randn(cfg.batch_size, channels, *size, generator=generator)
         seen = torch.rand(cfg.batch_size, generator=generator) >= cfg.image_dropout      # drawn last: other stages' numbers are the same without
         return *batch, *map(distributed.own, (kept, t, noise, seen))
 
@@ -687,6 +692,9 @@ def with_defaults(cfg, stage):
 def check(cfg, processes):
     """Refuses what cannot be trained by so many processes, before anything is written."""
     check_size(cfg.resolution, cfg.resolution)
+    for side in cfg.keep_resolution, cfg.base_resolution:
+        if side:
+            check_size(side, side)
     formulation(cfg.formulation)
     check_least(cfg, steps=1, batch_size=1, depth=1, weight_sets=1, latent_channels=1, text_width=32, clip_length=3, t5_length=3, chunk=cfg.batch_size, reuse=1, workers=0,
                 eval_every=1, log_every=1, seed=0, threads=0, grad_accum=1, ema_every=1, max_bad_steps=0, checkpoint_every=0, keep=1, milestone_every=0, watch_every=0,

@@ -394,7 +394,7 @@ def test_muon_takes_hidden_weights_and_adamw_the_rest():
 def test_muon_is_torchs_in_float32():
     torch.manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in ((64, 32), (32, 64), (64, 32))] for _ in range(2))
-    muon, torchs = optim.Muon(ours, lr=0.02), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.0)
+    muon, torchs = optim.Muon(ours, lr=0.02, weight_decay=0.5), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.5)
     for _ in range(3):
         for a, b in zip(ours, theirs):
             a.grad = b.grad = torch.randn_like(a)
@@ -446,19 +446,35 @@ def test_finetuning_at_twice_the_resolution(run, quick, tiny, tmp_path, monkeypa
     alphas, validation_loss = [], train.evaluate.validation_loss
     monkeypatch.setattr(train.evaluate, "validation_loss", lambda *a, **k: alphas.append(k["alpha"]) or validation_loss(*a, **k))
     run(stage="pretrain", out=str(tmp_path / "start"), weights=str(tiny), steps=1, shift=1.5, qk_norm=False)
+    shifts, shift = set(), train.shift
+    monkeypatch.setattr(train, "shift", lambda t, alpha: shifts.add(alpha) or shift(t, alpha))
     sizes, forward = set(), train.MMDiT.forward
     monkeypatch.setattr(train.MMDiT, "forward", lambda model, latents, *rest: sizes.add(tuple(latents.shape[2:])) or forward(model, latents, *rest))
-    run(stage="finetune", out=str(tmp_path / "fine"), init_from=str(tmp_path / "start"), resolution=64, buckets=True, steps=6)
+    run(stage="finetune", out=str(tmp_path / "fine"), init_from=str(tmp_path / "start"), resolution=64, buckets=True, keep_resolution=32, steps=6)
     config, model = (checkpoint.read_json(tmp_path / "fine" / f"{name}.json") for name in ("config", "mmdit"))
     assert config["resolution"] == 64 and config["shift"] == 3.0 == alphas[-1] and alphas[0] == 1.0
     assert (model["base_size"], model["pos_embed_max_size"], model["qk_norm"], model["depth"]) == (4, 16, True, 1)
+    sizes.remove((4, 4))                                                           # what it came from
     assert len(sizes) > 1 and all(48 <= h * w <= 70 for h, w in sizes)             # 8 x 8 and its like
+    assert {1.5, 3.0} <= shifts
     scales = weights(tmp_path / "fine")["joint_blocks.0.x_block.attn.ln_q.weight"]
     assert (scales - 1).abs().max() > 0.1                                          # fitted, not 1
     bundle = checkpoint.load_bundle(tmp_path / "fine")
     assert generate(bundle, ["a red circle"], steps=1, width=96, height=48).shape == (1, 48, 96, 3)
     cfg = replace(TINY, stage="finetune", init_from=str(tmp_path / "start"), resolution=64)
     assert (train.inherited(cfg).shift, train.inherited(replace(cfg, shift=1.5)).shift, train.inherited(replace(cfg, resolution=128)).shift) == (3.0, 1.5, 6.0)
+
+
+def test_a_base_resolution_keeps_the_function_on_pictures_of_it(run, quick, tiny, tmp_path):
+    """Positions go on outside those of the pretraining, instead of between them."""
+    run(stage="finetune", out=str(tmp_path / "fine"), init_from=str(tiny), resolution=64, base_resolution=32, steps=1, lr=1e-12, optimizer="adamw")
+    start, fine = (checkpoint.load_bundle(folder).mmdit for folder in (tiny, tmp_path / "fine"))
+    config = checkpoint.read_json(tmp_path / "fine" / "mmdit.json")
+    assert (config["base_size"], config["pos_embed_max_size"]) == (2, 16)
+    inputs = [torch.randn(shape) for shape in ((2, 4, 4, 4), (2,), (2, 40, 32), (2, 20))]
+    assert torch.allclose(fine(*inputs), start(*inputs), atol=1e-3)                                 # stored in half precision
+    with pytest.raises(ValueError, match="17 pixels"):
+        run(stage="finetune", out=str(tmp_path / "odd"), init_from=str(tiny), resolution=64, base_resolution=17)
 
 
 def test_editing_starts_from_the_pretrained_function(run, quick, tiny, tmp_path):
