@@ -405,7 +405,7 @@ class Dataset:
 
     `groups`: for each size of picture, the items to train on; `skipped`: {name: why} of what was found unusable on opening."""
 
-    skipped = {}
+    skipped, options = {}, ()      # options: those of open_data that it takes
     groups = cached_property(lambda self: [range(len(self))])
 
 
@@ -414,6 +414,7 @@ class Shapes(Dataset):
     or (`texts`) `all` in words only, of any (shape, color) pair.
     No scene of another split is drawn from the same random numbers."""
 
+    options = "buckets", "keep_resolution"
     twins = False  # every scene at an odd index is the twin of the one before
 
     def __init__(self, level="lattice", width=64, height=64, split="train", seed=0, buckets=False, keep_resolution=0):
@@ -495,6 +496,8 @@ def fit(image, width, height):
 
 class Pictures(Dataset):
     """Pictures of many sizes, each cropped to width x height or, with `buckets`, to the bucket of its aspect ratio."""
+
+    options = "filter", "buckets", "upscale"
 
     def __init__(self, width, height, seed, buckets, upscale):
         if buckets and width != height:
@@ -889,15 +892,14 @@ COUPLES = "shape-edits[:LEVEL], edits:DIR|FILE.jsonl, pairs:DIR|FILE.jsonl"
 
 def open_data(spec, width=64, height=64, split="train", seed=0, **options):
     """The data set of a SPEC. `split` is train or val (shapes also: unseen); options: filter, buckets, upscale, where the pictures have many sizes; of shapes, buckets
-    and keep_resolution, the side of squares that are a third of the samples beside."""
+    and keep_resolution, the side of squares that are about a third of the samples."""
     name, _, argument = spec.partition(":")
     if name not in SOURCES:
         raise ValueError(f"unknown data {spec!r}; known: {SPECS}, {COUPLES}")
     if not issubclass(SOURCES[name], Shapes) and not argument:
         raise ValueError(f"--data {name} needs a folder: {name}:DIR")
     options = {key: value for key, value in options.items() if value}
-    taken = ("filter", "buckets", "upscale") if issubclass(SOURCES[name], Pictures) else ("buckets", "keep_resolution") if issubclass(SOURCES[name], Shapes) else ()
-    if refused := [key for key in options if key not in taken]:
+    if refused := [key for key in options if key not in SOURCES[name].options]:
         raise ValueError(f"--{refused[0].replace('_', '-')} is for {'shapes' if refused[0] == 'keep_resolution' else 'folder:, imagenet: and tar:'} alone, not for {name}")
     return SOURCES[name](*[argument] * bool(argument), width=width, height=height, split=split, seed=seed, **options)
 

@@ -615,10 +615,12 @@ def train_mmdit(cfg):
     model.checkpointing = cfg.checkpointing
     network = torch.compile(model) if cfg.compile else model
 
+    tokens, side = cfg.clip_length + cfg.t5_length, cfg.resolution // 8
+
     def draw(batch, generator):
         kept = bundle.text.kept(cfg.batch_size, cfg.text_dropout, generator)
         size = batch[0].shape[2:]
-        t = shift(form.sample_t(cfg.batch_size, generator), cfg.shift * shift_alpha(math.prod(size), (cfg.resolution // 8) ** 2))      # m: this batch's
+        t = shift(form.sample_t(cfg.batch_size, generator), cfg.shift * shift_alpha(math.prod(size), side ** 2))      # m: this batch's
         noise = torch.randn(cfg.batch_size, channels, *size, generator=generator)
         seen = torch.rand(cfg.batch_size, generator=generator) >= cfg.image_dropout      # drawn last: other stages' numbers are the same without
         return *batch, *map(distributed.own, (kept, t, noise, seen))
@@ -639,7 +641,6 @@ def train_mmdit(cfg):
         losses = form.loss(out, latents, t=t, eps=noise)
         return losses.mean(), {"loss_bins": by_level(losses.detach(), t)}
 
-    tokens, side = cfg.clip_length + cfg.t5_length, cfg.resolution // 8
     flops = cfg.batch_size * counted_step(model_config, cfg, 1, side, tokens, update=False).flops
     n = min(512, count(held_out))
     few = cfg.batch_size // (distributed.world() * cfg.grad_accum)  # so that validation takes no more memory than training

@@ -457,6 +457,7 @@ def test_finetuning_at_twice_the_resolution(run, quick, tiny, tmp_path, monkeypa
     sizes.remove((4, 4))                                                           # what it came from
     assert len(sizes) > 1 and all(48 <= h * w <= 70 for h, w in sizes)             # 8 x 8 and its like
     assert {1.5, 3.0} <= shifts
+    assert (config["steps"], config["sampler"], config["t_last"]) == (28, "euler", 0.4)                # as its start
     scales = weights(tmp_path / "fine")["joint_blocks.0.x_block.attn.ln_q.weight"]
     assert (scales - 1).abs().max() > 0.1                                          # fitted, not 1
     bundle = checkpoint.load_bundle(tmp_path / "fine")
