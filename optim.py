@@ -76,6 +76,12 @@ def lr_factor(step, cfg):
     return min((step + 1) / max(cfg.warmup, 1), left)
 
 
+def set_rates(optimizers, base_rates, step, cfg):
+    """Of this step and this run: a checkpoint's are forgotten."""
+    for optimizer, rate in zip(optimizers, base_rates):
+        optimizer.param_groups[0].update(lr=rate * lr_factor(step, cfg), weight_decay=cfg.weight_decay)
+
+
 def update_average(averages, parameters, step, cfg):
     """After `step` steps, every `ema_every`-th: averages <- d averages + (1 - d) parameters, with ema_decay a step, less at the start."""
     if step % cfg.ema_every == 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from tqdm import tqdm
 
 import checkpoint
 import distributed
@@ -133,6 +134,20 @@ class Run:
                 if x is not None:
                     self.board.add_scalar(name, x, step)
             self.board.flush()
+
+    def validated(self, step, values):
+        """Logs and says the figures {name: number}, and draws them with all before."""
+        self.log(step, **values)
+        self.plot()
+        tqdm.write(f"{self.cfg.stage} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float)), file=sys.stderr)
+
+    def skipped(self, step, bad, loss, norm):
+        """Logs and says that `step`, the `bad`-th such, was not finite; one too many is a ValueError."""
+        what = f"the {self.cfg.stage} loss is {loss} and its gradient {norm} at step {step}"
+        if bad > self.cfg.max_bad_steps:
+            raise ValueError(f"{what}, the {bad}. step that is not finite; {self.last_good()} (a smaller --lr may help)")
+        self.log(step, bad_steps=bad)
+        tqdm.write(f"{what}: skipped ({bad} so far)", file=sys.stderr)
 
     def plot(self):
         """STAGE-loss.png: the training loss and every validation figure over the steps of this stage."""

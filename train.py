@@ -121,7 +121,7 @@ import evaluate
 from data import Latents, open_data
 from flow import formulation, shift, shift_alpha
 from mmdit import MMDiT, fit_qk_norms, grown
-from optim import lr_factor, make_optimizers, update_average, whole
+from optim import make_optimizers, set_rates, update_average, whole
 from pipeline import autocast, batches, caption_batches, check_fingerprint, conditioned_batches, count, first, first_captions, precision, report_skipped
 from plan import counted_step, plan
 from runs import Run, matrix_peak, peak_memory, plot
@@ -272,9 +272,7 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
         if distributed.rank() == 0:
             with run.disk():
                 values = validate(averaged, step)
-            run.log(step, **values)
-            run.plot()
-            tqdm.write(f"{cfg.stage} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float)), file=sys.stderr)
+            run.validated(step, values)
         distributed.barrier()
 
     meter = Meter(cfg, flops)
@@ -282,8 +280,7 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
     with bar, noted_signals() as signals:
         for batch, waiting in timed(itertools.islice(data(step * cfg.batch_size), cfg.steps - step)):
             begun = time.perf_counter()
-            for optimizer, rate in zip(optimizers, base_rates):
-                optimizer.param_groups[0].update(lr=rate * lr_factor(step, cfg), weight_decay=cfg.weight_decay)     # of this run, not of the checkpoint
+            set_rates(optimizers, base_rates, step, cfg)
             columns = draw(batch, torch.Generator().manual_seed(cfg.seed * 1_000_003 + step))
             module.zero_grad(set_to_none=True)
             with watched(module, cfg.watch_every and (step + 1) % cfg.watch_every == 0 and isinstance(module, MMDiT)) as attentions:
@@ -297,11 +294,7 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
                 update_average(averages, trained, step, cfg)
             else:
                 bad += 1
-                what = f"the {cfg.stage} loss is {loss} and its gradient {norm} at step {step}"
-                if bad > cfg.max_bad_steps:
-                    raise ValueError(f"{what}, the {bad}. step that is not finite; {run.last_good()} (a smaller --lr may help)")
-                run.log(step, bad_steps=bad)
-                tqdm.write(f"{what}: skipped ({bad} so far)", file=sys.stderr)
+                run.skipped(step, bad, loss, norm)
             meter.add([{"loss": loss, "grad_norm": norm, **parts} for parts in values if finite], waiting + time.perf_counter() - begun, waiting)
             bar.update()
             if attentions:

@@ -249,15 +249,15 @@ def test_settings_change_the_weights(run, tiny, tmp_path, monkeypatch):
 
 def test_lr_factor():
     cfg = replace(TINY, steps=100, warmup=10, decay=0.4)
-    factors = [train.lr_factor(step, cfg) for step in range(100)]
+    factors = [optim.lr_factor(step, cfg) for step in range(100)]
     assert factors[0] == 0.1 and factors[9] == factors[60] == 1 and min(factors) > 0
     assert np.allclose(np.diff(factors)[:9], 0.1) and np.allclose(np.diff(factors)[60:], -1 / 40) and factors[-1] == pytest.approx(1 / 40)
-    assert {train.lr_factor(step, replace(cfg, warmup=0, decay=0.0)) for step in range(100)} == {1.0}
+    assert {optim.lr_factor(step, replace(cfg, warmup=0, decay=0.0)) for step in range(100)} == {1.0}
 
 
 def test_learning_rate_schedules():
     cfg = replace(TINY, steps=100, warmup=10, decay=0.4)
-    constant, linear, cosine = ([train.lr_factor(step, replace(cfg, lr_schedule=name)) for step in range(100)] for name in ("constant", "linear", "cosine"))
+    constant, linear, cosine = ([optim.lr_factor(step, replace(cfg, lr_schedule=name)) for step in range(100)] for name in ("constant", "linear", "cosine"))
     assert constant[:61] == linear[:61] and np.allclose(cosine[:61], linear[:61]) and set(constant[10:]) == {1.0}
     assert cosine[80] == pytest.approx(0.5) == linear[80] and cosine[70] > linear[70] and 0 < cosine[99] < linear[99]
 

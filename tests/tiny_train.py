@@ -14,16 +14,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
+import optim
 import train
 from config import one_line_errors
 
 torch.set_num_threads(1)
-FIRST, LR_FACTOR = train.first, train.lr_factor
+FIRST, LR_FACTOR = train.first, optim.lr_factor
 TINY = train.TrainConfig(batch_size=8, steps=20, depth=2, text_width=32, resolution=32, latent_channels=4, chunk=16, reuse=2, workers=0, log_every=1, warmup=2, precision="fp32")
 
 
 def happening(stop_at=None, full_at=None):
-    """train.lr_factor, which each optimizer asks in every step, with what is to happen in one."""
+    """optim.lr_factor, which each optimizer asks in every step, with what is to happen in one."""
     def lr_factor(step, cfg):
         nonlocal stop_at
         if step == stop_at:
@@ -37,7 +38,7 @@ def happening(stop_at=None, full_at=None):
 
 if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
-    train.lr_factor = happening(**{name: settings.pop(name) for name in ("stop_at", "full_at") if name in settings})
+    optim.lr_factor = happening(**{name: settings.pop(name) for name in ("stop_at", "full_at") if name in settings})
     train.CONFIG = replace(TINY, **settings)
     train.first = lambda dataset, n, cfg: FIRST(dataset, min(n, 24), cfg)
     train.evaluate.geneval = lambda bundle, n: ({}, [])
