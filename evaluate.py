@@ -19,8 +19,9 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 import checkpoint
-import data
+import shapes
 from config import flag, one_line_errors, parse_config
+from data import ShapeEdits, Shapes
 from flow import shift
 from pipeline import to_tensor
 from sample import from_uint8, generate, grid, latent_channels, save_png, to_uint8
@@ -105,12 +106,12 @@ def validation_loss(network, formulation, latents, context, pooled, levels=8, se
 # ---------------------------------------------------------------------------------------------------------------
 # The detector of `shapes`: what a picture shows, by program. Tested on true renders (tests/test_evaluate.py).
 
-PALETTE = np.array(list(data.COLORS.values()), float)
-GROUNDS = np.array(list(data.BACKGROUNDS.values()), float)
+PALETTE = np.array(list(shapes.COLORS.values()), float)
+GROUNDS = np.array(list(shapes.BACKGROUNDS.values()), float)
 
 
 def detect(image):
-    """uint8 (H, W, 3) -> (background name, list of data.Thing), lengths in cells. What has no clear shape or color is given
+    """uint8 (H, W, 3) -> (background name, list of shapes.Thing), lengths in cells. What has no clear shape or color is given
     shape '?' or color '?': a blob counts as an object, but never as the right one."""
     pixels = image.astype(float)
     ground = np.median(pixels.reshape(-1, 3), 0)
@@ -127,13 +128,13 @@ def detect(image):
                 things.append(sign(pixels, board, cell) or shape(pixels, part, ground, distance, cell))
     boards = [t for t in things if t.word]  # counters of letters are not things of their own
     things = [t for t in things if t.word or not any(abs(t.x - b.x) < b.half[0] and abs(t.y - b.y) < b.half[1] for b in boards)]
-    return list(data.BACKGROUNDS)[nearest(ground, GROUNDS)[0]], things
+    return list(shapes.BACKGROUNDS)[nearest(ground, GROUNDS)[0]], things
 
 
 def shows(scene, background, things, tolerance=0.2, loose=()):
     """Are background and things just those of the scene: attributes, words, sizes and places (to `tolerance` cells, but for `loose` things, whose ninth of the picture counts)?"""
     def there(t, w):
-        return data.where(t, scene) == data.where(w, scene) if w in loose else abs(t.x - w.x) < tolerance and abs(t.y - w.y) < tolerance
+        return shapes.where(t, scene) == shapes.where(w, scene) if w in loose else abs(t.x - w.x) < tolerance and abs(t.y - w.y) < tolerance
 
     left = list(things)
     for w in scene.things:
@@ -175,7 +176,7 @@ def nearest(color, palette):
 
 def palette_name(color, tolerance=60):
     index, distance = nearest(color, PALETTE)
-    return list(data.COLORS)[index] if distance < tolerance else "?"
+    return list(shapes.COLORS)[index] if distance < tolerance else "?"
 
 
 def coverage(pixels, ground, color):
@@ -194,10 +195,10 @@ def template_moments(name):
     return tuple(m / (size / 2.2) for m in (area / (size / 2.2), (alpha * xs).sum() / area - size / 2, (alpha * ys).sum() / area - size / 2))
 
 
-def template(name, x, y, radius, width, height, s=data.SUPERSAMPLING):
+def template(name, x, y, radius, width, height, s=shapes.SUPERSAMPLING):
     """The antialiased mask (height, width) of a shape."""
     canvas = Image.new("L", (width * s, height * s))
-    data.draw_shape(ImageDraw.Draw(canvas), name, 255, x * s, y * s, radius * s)
+    shapes.draw_shape(ImageDraw.Draw(canvas), name, 255, x * s, y * s, radius * s)
     return np.asarray(canvas.reduce(s) if s > 1 else canvas) / 255
 
 
@@ -222,9 +223,9 @@ def shape(pixels, mask, ground, distance, cell, least=0.8):
         other = template(name, x - cx * radius, y - cy * radius, radius, width, height)
         return np.minimum(alpha, other).sum() / np.maximum(alpha, other).sum(), radius
 
-    overlap, name = max((fitted(name)[0], name) for name in data.SHAPES)
-    size = min(data.RADII, key=lambda k: abs(data.RADII[k] - fitted(name)[1] / cell))
-    return data.Thing(palette_name(color), (x + left) / cell, (y + top) / cell, name if overlap > least else "?", size)
+    overlap, name = max((fitted(name)[0], name) for name in shapes.SHAPES)
+    size = min(shapes.RADII, key=lambda k: abs(shapes.RADII[k] - fitted(name)[1] / cell))
+    return shapes.Thing(palette_name(color), (x + left) / cell, (y + top) / cell, name if overlap > least else "?", size)
 
 
 def sign(pixels, mask, cell):
@@ -242,21 +243,21 @@ def sign(pixels, mask, cell):
     color = palette_name(np.median(np.concatenate([board[1:3].reshape(-1, 3), board[-3:-1].reshape(-1, 3)]), 0))  # where no ink is
     if color == "?":
         return None
-    alpha = coverage(board, np.array(data.COLORS[color], float), np.array(data.ink(color), float))
+    alpha = coverage(board, np.array(shapes.COLORS[color], float), np.array(shapes.ink(color), float))
     margin = round(0.15 * cell)
     if alpha[margin:-margin, margin:-margin].mean() < 0.04:
         return None
-    thing = data.Thing(color, (left + right) / 2 / cell, (top + bottom) / 2 / cell, word="?" * letters)
-    return data.Thing(thing.color, thing.x, thing.y, word="".join(read_letter(alpha, k, letters, cell) for k in range(letters)))
+    thing = shapes.Thing(color, (left + right) / 2 / cell, (top + bottom) / 2 / cell, word="?" * letters)
+    return shapes.Thing(thing.color, thing.x, thing.y, word="".join(read_letter(alpha, k, letters, cell) for k in range(letters)))
 
 
 @lru_cache(None)
 def letter_template(letter, cell):
     """The ink (cell, cell) of a letter in the middle of its cell, with a margin of 2 pixels."""
-    size, s = cell + 4, data.SUPERSAMPLING
+    size, s = cell + 4, shapes.SUPERSAMPLING
     canvas = Image.new("RGB", (size * s, size * s))
-    data.draw_sign(ImageDraw.Draw(canvas), data.Thing("blue", size / cell / 2, size / cell / 2, word=letter), cell * s)
-    return coverage(np.asarray(canvas.reduce(s), float), np.array(data.COLORS["blue"], float), np.array(data.ink("blue"), float))
+    shapes.draw_sign(ImageDraw.Draw(canvas), shapes.Thing("blue", size / cell / 2, size / cell / 2, word=letter), cell * s)
+    return coverage(np.asarray(canvas.reduce(s), float), np.array(shapes.COLORS["blue"], float), np.array(shapes.ink("blue"), float))
 
 
 def read_letter(alpha, k, letters, cell):
@@ -272,7 +273,7 @@ def read_letter(alpha, k, letters, cell):
         ink = letter_template(letter, size)[middle + dy - reach:middle + dy + reach, middle + dx - reach:middle + dx + reach]
         return ((ink - window) ** 2).sum()
 
-    return min((error(letter, dx, dy), letter) for letter in data.LETTERS for dx in (-2, -1, 0, 1, 2) for dy in (-1, 0, 1))[1]
+    return min((error(letter, dx, dy), letter) for letter in shapes.LETTERS for dx in (-2, -1, 0, 1, 2) for dy in (-1, 0, 1))[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -287,7 +288,7 @@ class Task:
     """A prompt and what its picture must show: each wanted thing (any color where color is ''), and how the first two lie."""
     category: str
     prompt: str
-    wanted: tuple[data.Thing, ...]
+    wanted: tuple[shapes.Thing, ...]
     relation: str = ""
 
 
@@ -300,25 +301,25 @@ def tasks(category, n, seed=0, unseen=False):
 def task(category, rng, unseen):
     def pick(color=True):
         while True:
-            shape, name = data.SHAPES[rng.integers(8)], list(data.COLORS)[rng.integers(8)]
-            if ((shape, name) in data.HELD_OUT_PAIRS) == unseen:
-                return data.Thing(name if color else "", 0, 0, shape)
+            shape, name = shapes.SHAPES[rng.integers(8)], list(shapes.COLORS)[rng.integers(8)]
+            if ((shape, name) in shapes.HELD_OUT_PAIRS) == unseen:
+                return shapes.Thing(name if color else "", 0, 0, shape)
 
     def two(color):
         a, b = pick(color), pick(color)
         return (a, b) if a.shape != b.shape else two(color)
 
     if category == "typography":
-        word = data.random_word(rng, held_out=unseen)
-        return Task(category, f"a sign that says {word}", (data.Thing("", 0, 0, word=word),))
+        word = shapes.random_word(rng, held_out=unseen)
+        return Task(category, f"a sign that says {word}", (shapes.Thing("", 0, 0, word=word),))
     if category in ("single object", "colors"):
         things = (pick(category == "colors" or unseen),)
-        return Task(category, data.named(things[0], bool(things[0].color)), things)
+        return Task(category, shapes.named(things[0], bool(things[0].color)), things)
     if category == "counting":
         count, thing = int(rng.integers(2, 5)), pick()
-        return Task(category, f"{data.NUMBERS[count]} {thing.color} {data.plural(thing.shape)}", (thing,) * count)
+        return Task(category, f"{shapes.NUMBERS[count]} {thing.color} {shapes.plural(thing.shape)}", (thing,) * count)
     things = two(category == "color attribution" or unseen)
-    names = [data.named(t, bool(t.color)) for t in things]
+    names = [shapes.named(t, bool(t.color)) for t in things]
     if category == "position":
         word = ("left of", "right of", "above", "below")[rng.integers(4)]
         return Task(category, f" {word} ".join(names), things, word)
@@ -391,8 +392,8 @@ def edit_right(kind, before, after, background, things):
 def edits(bundle, n, level="lattice", seed=0, batch_size=64, **settings):
     """({kind of edit: share that is right, 'edits': their mean}, [(instruction, picture, its edit, right), ...]) over n held-out edits a kind."""
     side = bundle.config["resolution"]
-    world = data.ShapeEdits(level, side, side, split="val", seed=seed)
-    left, todo = dict.fromkeys(data.EDITS, n), []
+    world = ShapeEdits(level, side, side, split="val", seed=seed)
+    left, todo = dict.fromkeys(shapes.EDITS, n), []
     for i in itertools.count():
         before, kind, instruction, after = world.edit(i)
         if left[kind]:
@@ -400,10 +401,10 @@ def edits(bundle, n, level="lattice", seed=0, batch_size=64, **settings):
             todo.append((before, kind, instruction, after))
         if not any(left.values()):
             break
-    results, right = [], {kind: [] for kind in data.EDITS}
+    results, right = [], {kind: [] for kind in shapes.EDITS}
     for start in range(0, len(todo), batch_size):
         part = todo[start:start + batch_size]
-        pictures = torch.from_numpy(np.stack([data.render(before, side, side) for before, *_ in part]))
+        pictures = torch.from_numpy(np.stack([shapes.render(before, side, side) for before, *_ in part]))
         images = generate(bundle, [instruction for _, _, instruction, _ in part], seed=seed * 100_000 + start, edit=from_uint8(pictures), **settings)
         for (before, kind, instruction, after), picture, image in zip(part, pictures, images):
             right[kind].append(edit_right(kind, before, after, *detect(image.numpy())))
@@ -418,7 +419,7 @@ def edits(bundle, n, level="lattice", seed=0, batch_size=64, **settings):
 
 def held_out(level, n, resolution):
     """(scenes, images (N, 3, H, W) in [-1, 1], synthetic captions) of the validation split of shapes."""
-    world = data.Shapes(level, resolution, resolution, split="val")
+    world = Shapes(level, resolution, resolution, split="val")
     samples = [world[i] for i in range(n)]
     return [world.scene(i)[0] for i in range(n)], to_tensor(samples), [sample.synthetic for sample in samples]
 
@@ -457,7 +458,7 @@ def clip_and_fid(bundle, level, n=512, seed=0):
 @dataclass
 class EvaluateConfig:
     weights: str = flag("weights/mini", "a bundle folder", "what")
-    level: str = flag("lattice", "level of shapes for the frozen parts, CLIP score and FID", "what", choices=data.LEVELS)
+    level: str = flag("lattice", "level of shapes for the frozen parts, CLIP score and FID", "what", choices=shapes.LEVELS)
     prompts: int = flag(100, "prompts a category", "what")
     seed: int = flag(0, "of prompts and noise", "what")
     quick: bool = flag(False, "the six categories only", "what")

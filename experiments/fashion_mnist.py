@@ -32,8 +32,9 @@ def main(cfg):
     from torch import nn
 
     import checkpoint
-    from data import FashionMNIST, article
+    from data import FashionMNIST
     from sample import generate, grid, save_png
+    from shapes import article
 
     torch.manual_seed(cfg.seed)
     net = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),

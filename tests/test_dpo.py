@@ -24,6 +24,7 @@ import evaluate
 import optim
 import pipeline
 import runs
+import shapes
 from checkpoint import DiffusersLayout, apply_lora, load_bundle, read_lora
 from config import parse_config
 from flow import formulation
@@ -348,17 +349,17 @@ def test_every_flag_of_train_is_used(name):
 # ---- dpo.py make-pairs
 
 def test_a_better_picture_of_shapes_scores_more():
-    a, b = data.Thing("red", 0.5, 1.5, "circle"), data.Thing("blue", 2.5, 1.5, "square")
+    a, b = shapes.Thing("red", 0.5, 1.5, "circle"), shapes.Thing("blue", 2.5, 1.5, "square")
     task = evaluate.Task("color attribution", "a red circle and a blue square", (a, b))
-    right, wrong_color = data.Scene("white", (a, b)), data.Scene("white", (a, data.replace(b, color=a.color)))
-    scenes = [right, wrong_color, data.Scene("white", (a,)), data.Scene("white", ())]
-    pictures = [data.render(scene) for scene in scenes]
+    right, wrong_color = shapes.Scene("white", (a, b)), shapes.Scene("white", (a, dpo.replace(b, color=a.color)))
+    scenes = [right, wrong_color, shapes.Scene("white", (a,)), shapes.Scene("white", ())]
+    pictures = [shapes.render(scene) for scene in scenes]
     scores = [dpo.shapes_score(task, picture) for picture in pictures]
     assert scores == sorted(scores, reverse=True) and scores[0] > 1.4 > 0.6 > scores[1] > scores[2] > scores[3]
     blurred = np.asarray(Image.fromarray(pictures[0]).resize((32, 32)).resize((64, 64), Image.Resampling.BILINEAR))
     assert dpo.shapes_score(task, blurred) < scores[0]
-    sign = evaluate.Task("typography", "a sign that says cab", (data.Thing("", 0, 0, word="cab"),))
-    cab, cob, xyz = (dpo.shapes_score(sign, data.render(data.Scene("white", (data.Thing("red", 2, 2.5, word=word),)))) for word in ("cab", "cob", "xyz"))
+    sign = evaluate.Task("typography", "a sign that says cab", (shapes.Thing("", 0, 0, word="cab"),))
+    cab, cob, xyz = (dpo.shapes_score(sign, shapes.render(shapes.Scene("white", (shapes.Thing("red", 2, 2.5, word=word),)))) for word in ("cab", "cob", "xyz"))
     assert cab > cob > xyz
 
 

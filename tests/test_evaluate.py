@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +11,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 import checkpoint
-import data
 import evaluate
-from data import COLORS, HELD_OUT_PAIRS, HELD_OUT_WORDS, LEVELS, SHAPES, Scene, Shapes, Thing, render
+import shapes
+from data import ShapeEdits, Shapes
 from evaluate import CATEGORIES, KINDS, CLIPImageEncoder, Task, detect, judge, shows, tasks
 from flow import formulation
+from shapes import COLORS, HELD_OUT_PAIRS, HELD_OUT_WORDS, LEVELS, SHAPES, Scene, Thing, render
 
 # ---- the detector on true pictures
 
@@ -65,7 +67,7 @@ def test_shows_tells_each_kind_of_error(wrong):
 
 # ---- the detector on false pictures
 
-WHITE = data.BACKGROUNDS["white"]
+WHITE = shapes.BACKGROUNDS["white"]
 
 
 def names(image):
@@ -151,7 +153,7 @@ def test_judge(category, wanted, relation, things, answer):
 def test_related_agrees_with_the_captions(word):
     a = Thing("red", 2, 2)
     for b in (Thing("red", 4, 2), Thing("red", 0, 2), Thing("red", 2, 4), Thing("red", 2, 0)):
-        assert evaluate.related(a, b, word) == (data.relation(a, b) == word)
+        assert evaluate.related(a, b, word) == (shapes.relation(a, b) == word)
 
 
 def test_judge_of_signs():
@@ -326,7 +328,7 @@ def test_validation_loss_stays_in_the_range_of_the_formulation():
 
 def test_edits_are_judged_by_what_changed_and_what_did_not():
     """Of every kind, level lattice: the true picture is right; the picture before, and one with a bystander moved, are wrong."""
-    world = data.ShapeEdits("lattice", 64, 64, split="val")
+    world = ShapeEdits("lattice", 64, 64, split="val")
     seen = Counter()
     for i in range(60):
         before, kind, _, after = world.edit(i)
@@ -336,15 +338,15 @@ def test_edits_are_judged_by_what_changed_and_what_did_not():
     assert len(seen) >= 5
     star, ring = Thing("red", 0.5, 0.5, "star"), Thing("blue", 3.5, 3.5, "ring")
     scene = Scene("white", (star, ring))
-    moved = Scene("white", (data.replace(star, x=1.5, y=1.5), ring))
-    elsewhere = Scene("white", (data.replace(star, x=2.5, y=1.5), ring))           # in the middle ninth, too
-    wrong = Scene("white", (data.replace(star, x=1.5, y=1.5), data.replace(ring, x=2.5)))
+    moved = Scene("white", (replace(star, x=1.5, y=1.5), ring))
+    elsewhere = Scene("white", (replace(star, x=2.5, y=1.5), ring))           # in the middle ninth, too
+    wrong = Scene("white", (replace(star, x=1.5, y=1.5), replace(ring, x=2.5)))
     assert evaluate.edit_right("move", scene, moved, *detect(render(elsewhere))) and not evaluate.edit_right("move", scene, moved, *detect(render(wrong)))
 
 
 def test_edits_counts_right(monkeypatch):
     """A model that makes the true picture for recolor and remove, and changes nothing else."""
-    world = data.ShapeEdits("lattice", 64, 64, split="val")
+    world = ShapeEdits("lattice", 64, 64, split="val")
     true = {}
     for before, kind, instruction, after in map(world.edit, range(500)):
         true.setdefault(instruction, []).append((before, after if kind in ("recolor", "remove") else before))

@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image
 
 import checkpoint
-import data
+import shapes
 import evaluate
 import sample
 from checkpoint import load_bundle
@@ -334,7 +334,7 @@ def test_the_command_of_the_readme_draws_what_it_says(cli, tmp_path, monkeypatch
     monkeypatch.chdir(ROOT)
     assert f'python sample.py --prompt "{A}"' in (ROOT / "README.md").read_text()
     assert cli("sample.py", "--prompt", A, "--out", tmp_path / "out.png")[0] == 0
-    task = evaluate.Task("position", A, (data.Thing("red", 0, 0, "circle"), data.Thing("blue", 0, 0, "square")), "above")
+    task = evaluate.Task("position", A, (shapes.Thing("red", 0, 0, "circle"), shapes.Thing("blue", 0, 0, "square")), "above")
     things = evaluate.detect(np.asarray(Image.open(tmp_path / "out.png")))[1]
     assert evaluate.judge(task, things) == (True, True), things
     pictures = generate(load_bundle("weights/mini"), [A] * 16)
