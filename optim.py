@@ -76,10 +76,10 @@ def lr_factor(step, cfg):
     return min((step + 1) / max(cfg.warmup, 1), left)
 
 
-def set_rates(optimizers, base_rates, step, cfg):
-    """Of this step and this run: a checkpoint's are forgotten."""
-    for optimizer, rate in zip(optimizers, base_rates):
-        optimizer.param_groups[0].update(lr=rate * lr_factor(step, cfg), weight_decay=cfg.weight_decay)
+def set_rates(optimizers, step, cfg):
+    """Learning rate and weight decay in `step`, by this run's settings, whatever checkpoint was loaded."""
+    for optimizer in optimizers:
+        optimizer.param_groups[0].update(lr=optimizer.defaults["lr"] * lr_factor(step, cfg), weight_decay=cfg.weight_decay)
 
 
 def update_average(averages, parameters, step, cfg):

@@ -258,12 +258,8 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
     trained, copies = ([p for name, p in one.named_parameters() if name in names] for one in (module, averaged))
     averages = [p.detach().clone() for p in trained] if cfg.sharding == "fsdp" else copies
     optimizers = make_optimizers(module, cfg, precision(cfg))
-    base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     step, bad = run.load(module, averaged, averages, optimizers)
     run.start(step)
-
-    def save():
-        run.save(step, module, averages, optimizers, bad=bad)
 
     def evaluated():
         if cfg.sharding == "fsdp":
@@ -280,7 +276,7 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
     with bar, noted_signals() as signals:
         for batch, waiting in timed(itertools.islice(data(step * cfg.batch_size), cfg.steps - step)):
             begun = time.perf_counter()
-            set_rates(optimizers, base_rates, step, cfg)
+            set_rates(optimizers, step, cfg)
             columns = draw(batch, torch.Generator().manual_seed(cfg.seed * 1_000_003 + step))
             module.zero_grad(set_to_none=True)
             with watched(module, cfg.watch_every and (step + 1) % cfg.watch_every == 0 and isinstance(module, MMDiT)) as attentions:
@@ -307,7 +303,7 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
             if step % cfg.eval_every == 0 and step < cfg.steps and not stopping:
                 evaluated()
             if (step % (cfg.checkpoint_every or cfg.eval_every) == 0 and step < cfg.steps) or stopping or (cfg.milestone_every and step % cfg.milestone_every == 0):
-                save()
+                run.save(step, module, averages, optimizers, bad=bad)
             if stopping:
                 raise SystemExit(f"\nstopped at step {step}; the same command with --resume goes on" if distributed.rank() == 0 else 1)
     evaluated()

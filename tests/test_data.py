@@ -12,6 +12,9 @@ from PIL import Image
 from data import FashionMNIST, Folder, Sample, Shapes, Unreadable, open_data
 from shapes import HELD_OUT_PAIRS, LEVELS
 
+# ---- samples
+
+
 def test_captions_without_pictures_are_those_of_the_samples(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a dot")

@@ -11,9 +11,9 @@ from conftest import ROOT
 from PIL import Image
 
 import checkpoint
-import shapes
 import evaluate
 import sample
+import shapes
 from checkpoint import load_bundle
 from sample import SampleConfig, check_prompts, generate, grid, guided_velocity, to_uint8
 from samplers import SAMPLERS, timesteps
