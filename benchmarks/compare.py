@@ -46,6 +46,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
+import layouts
 from mmdit import MMDiT, fused_attention, plain_attention
 from sample import guided_velocity
 from samplers import sample_euler, timesteps
@@ -84,7 +85,7 @@ def both_mmdits(depth, side):
     ours = randomized(MMDiT(depth, context_dim=CONTEXT, pooled_dim=POOLED, pos_embed_max_size=side, base_size=side // 2))
     peer = SD3Transformer2DModel(sample_size=side, num_layers=depth, num_attention_heads=depth, joint_attention_dim=CONTEXT, caption_projection_dim=64 * depth,
                                  pooled_projection_dim=POOLED, pos_embed_max_size=side, qk_norm="rms_norm", in_channels=16, out_channels=16)
-    return ours, given(peer, ours, checkpoint.DiffusersLayout("mmdit", depth))
+    return ours, given(peer, ours, layouts.DiffusersLayout("mmdit", depth))
 
 
 def mmdit_inputs(side, batch):
@@ -162,7 +163,7 @@ def vae_row(what, pixels, compiled=False):
     ours = randomized(AutoencoderKL())
     peer = Peer(block_out_channels=(128, 256, 512, 512), latent_channels=16, layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * 4,
                 up_block_types=["UpDecoderBlock2D"] * 4, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
-    given(peer, ours, checkpoint.DiffusersLayout("vae", 4))
+    given(peer, ours, layouts.DiffusersLayout("vae", 4))
     images, latents = torch.rand(1, 3, pixels, pixels) * 2 - 1, torch.randn(1, 16, pixels // 8, pixels // 8)
     scale, shift = 1.5305, 0.0609
 
@@ -199,7 +200,7 @@ def text_row(which, compiled=False):
         ours = randomized(T5Encoder(width=768, layers=12, heads=12, mlp=2048))
         peer = transformers.T5EncoderModel(transformers.T5Config(d_model=768, num_layers=12, num_heads=12, d_ff=2048, feed_forward_proj="gated-gelu"))
         read = lambda: no_grad(lambda: peer(tokens)[0])
-    given(peer, ours, checkpoint.Layout())
+    given(peer, ours, layouts.Layout())
     tokens = torch.randint(3, 30000, (16, 77), generator=torch.Generator().manual_seed(0))
     tokens[:, -1] = 49407 if which == "CLIP-L" else 1
     mine = lambda: no_grad(ours, tokens)

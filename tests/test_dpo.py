@@ -25,9 +25,10 @@ import optim
 import pipeline
 import runs
 import shapes
-from checkpoint import DiffusersLayout, apply_lora, load_bundle, read_lora
+from checkpoint import apply_lora, load_bundle, read_lora
 from config import parse_config
 from flow import formulation
+from layouts import DiffusersLayout
 from mmdit import MMDiT
 from sample import from_uint8
 

@@ -20,8 +20,9 @@ from released import VARIANTS, pipeline  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import checkpoint  # noqa: E402
+import layouts  # noqa: E402
 import sample  # noqa: E402
-from checkpoint import DiffusersLayout, load_bundle, read_safetensors  # noqa: E402
+from checkpoint import load_bundle, read_safetensors  # noqa: E402
 from mmdit import MMDiT  # noqa: E402
 from sample import generate, initial_noise  # noqa: E402
 from text_encoders import CLIPTextEncoder, T5Encoder  # noqa: E402
@@ -174,11 +175,11 @@ def test_architecture_is_read_off_the_released_sizes(preset):
             pooled_projection_dim=2048, pos_embed_max_size=config.get("pos_embed_max_size", 192), qk_norm="rms_norm" if config.get("qk_norm", True) else None,
             dual_attention_layers=tuple(config.get("dual_attention_blocks", ())))
     part = checkpoint.Part("mmdit", "meta", state)
-    assert checkpoint.arguments(MMDiT, part.config) == checkpoint.arguments(MMDiT, config) and sum(p.numel() for p in part.skeleton().parameters()) == parameters
-    assert checkpoint.preset(part.config) == checkpoint.RELEASED | checkpoint.PRESETS[preset]
-    laid_out = checkpoint.laid_out(part, DiffusersLayout("mmdit", config["depth"]))
+    assert layouts.arguments(MMDiT, part.config) == layouts.arguments(MMDiT, config) and sum(p.numel() for p in part.skeleton().parameters()) == parameters
+    assert layouts.preset(part.config) == layouts.RELEASED | layouts.PRESETS[preset]
+    laid_out = checkpoint.laid_out(part, layouts.DiffusersLayout("mmdit", config["depth"]))
     assert {name: tensor.shape for name, tensor in laid_out.items()} == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
-    assert checkpoint.Part("mmdit", "meta", laid_out, DiffusersLayout("mmdit", config["depth"])).config == part.config
+    assert checkpoint.Part("mmdit", "meta", laid_out, layouts.DiffusersLayout("mmdit", config["depth"])).config == part.config
 
 
 CLIP_G = dict(width=1280, layers=32, heads=20, mlp=5120, activation="gelu", projection=1280)
@@ -190,15 +191,15 @@ def test_other_parts_are_read_off_the_released_sizes(name, cls, config, paramete
     import transformers
     with torch.device("meta"):
         part = checkpoint.Part(name, "meta", cls(**config).state_dict())
-        ours = checkpoint.arguments(cls, part.config)
-        assert ours == checkpoint.arguments(cls, config) and sum(p.numel() for p in part.skeleton().parameters()) == parameters
-        told = checkpoint.diffusers_config(part, {"resolution": 1024})
+        ours = layouts.arguments(cls, part.config)
+        assert ours == layouts.arguments(cls, config) and sum(p.numel() for p in part.skeleton().parameters()) == parameters
+        told = layouts.diffusers_config(part, {"resolution": 1024})
         if name == "vae":
             theirs = diffusers.AutoencoderKL.from_config(told)
         else:
             kind = transformers.T5EncoderModel if name == "t5" else transformers.CLIPTextModelWithProjection
             theirs = kind(kind.config_class(**told))
-    laid_out = checkpoint.laid_out(part, DiffusersLayout(name, 4))
+    laid_out = checkpoint.laid_out(part, layouts.DiffusersLayout(name, 4))
     wanted = {key: tensor.shape for key, tensor in theirs.state_dict().items() if key != "encoder.embed_tokens.weight"}
     assert {key: tensor.shape for key, tensor in laid_out.items()} == wanted
 
@@ -270,7 +271,7 @@ def test_half_precision_is_near(single, dtype):
 def test_encoders_in_files_of_their_own(cli, single, tmp_path):
     tensors, metadata = read_safetensors(single)
     files = {}
-    for i, (name, prefix) in enumerate(checkpoint.PREFIXES.items()):
+    for i, (name, prefix) in enumerate(layouts.PREFIXES.items()):
         own = {(key.removeprefix(prefix) if i % 2 else key): tensor for key, tensor in tensors.items() if key.startswith(prefix)}      # with the prefix or without
         save_file(own, tmp_path / f"{name}.safetensors", metadata if name == "mmdit" else None)
         files[name] = tmp_path / f"{name}.safetensors"
@@ -284,7 +285,7 @@ def test_encoders_in_files_of_their_own(cli, single, tmp_path):
     assert np.array_equal(*(np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png")))
     with pytest.raises(ValueError, match="the MM-DiT takes 192 channels of CLIP's and 256 of T5's, the encoders have {'clip_l': 128, 'clip_g': 128, 't5': 256}"):
         load_bundle(tmp_path / "mmdit.safetensors", files={**files, "clip_l": files["clip_g"]})
-    bare = {key.removeprefix(checkpoint.PREFIXES["mmdit"]): tensor for key, tensor in tensors.items() if key.startswith(checkpoint.PREFIXES["mmdit"])}
+    bare = {key.removeprefix(layouts.PREFIXES["mmdit"]): tensor for key, tensor in tensors.items() if key.startswith(layouts.PREFIXES["mmdit"])}
     save_file(bare, tmp_path / "bare.safetensors")
     assert load_bundle(tmp_path / "bare.safetensors").parts.keys() == {"mmdit"}
 
@@ -292,7 +293,7 @@ def test_encoders_in_files_of_their_own(cli, single, tmp_path):
 def test_liberties_of_the_released_files(single, tmp_path):
     """position_ids, logit_scale, loss.*; one of T5's two names for its embedding; CLIP-L's projection, absent or there."""
     tensors, metadata = read_safetensors(single)
-    clip, t5 = checkpoint.PREFIXES["clip_l"], checkpoint.PREFIXES["t5"]
+    clip, t5 = layouts.PREFIXES["clip_l"], layouts.PREFIXES["t5"]
     assert clip + "text_projection.weight" in tensors and t5 + "shared.weight" in tensors and t5 + "encoder.embed_tokens.weight" in tensors
     extra = {clip + "text_model.embeddings.position_ids": torch.arange(77)[None], "text_encoders.clip_l.logit_scale": torch.ones(()), "loss.logvar": torch.ones(3)}
     for gone in ("shared.weight", "encoder.embed_tokens.weight"):
@@ -482,7 +483,7 @@ def test_one_block_at_the_real_size(depth, dual):
     width, qk_norm = 64 * depth, dual or depth == 38
     block = JointBlock({"context_block": Stream(width, qk_norm), "x_block": Stream(width, qk_norm, dual=dual)}, attention).eval()
     theirs = JointTransformerBlock(width, depth, 64, qk_norm="rms_norm" if qk_norm else None, use_dual_attention=dual).eval()
-    layout, state = DiffusersLayout("mmdit", 99), {}
+    layout, state = layouts.DiffusersLayout("mmdit", 99), {}
     for key, value in block.state_dict().items():
         prefix = "joint_blocks.0."
         state |= {name.removeprefix("transformer_blocks.0."): tensor for name, tensor in zip(layout.names(prefix + key), layout.split(prefix + key, value))}
@@ -503,14 +504,14 @@ def test_encoders_and_autoencoder_at_the_real_width(tmp_path):
     for name, config in (("clip_l", {}), ("clip_g", CLIP_G)):
         torch.manual_seed(0)
         ours = CLIPTextEncoder(**config | {"layers": 2}).eval()
-        told = checkpoint.diffusers_config(checkpoint.Part(name, "here", ours.state_dict()), {})
+        told = layouts.diffusers_config(checkpoint.Part(name, "here", ours.state_dict()), {})
         theirs = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**told)).eval()
         theirs.load_state_dict(ours.state_dict(), strict=True)
         with torch.no_grad():
             (states, pooled), expected = ours(tokens), theirs(tokens, output_hidden_states=True)
         assert (states - expected.hidden_states[-2]).norm() / states.norm() <= 1e-5 and (pooled - expected.text_embeds).norm() / pooled.norm() <= 1e-5
     ours = T5Encoder(vocab_size=1000, layers=1).eval()
-    theirs = transformers.T5EncoderModel(transformers.T5Config(**checkpoint.diffusers_config(checkpoint.Part("t5", "here", ours.state_dict()), {}))).eval()
+    theirs = transformers.T5EncoderModel(transformers.T5Config(**layouts.diffusers_config(checkpoint.Part("t5", "here", ours.state_dict()), {}))).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     with torch.no_grad():
         a, b = ours(tokens % 1000), theirs(tokens % 1000).last_hidden_state
@@ -521,8 +522,8 @@ def test_encoders_and_autoencoder_at_the_real_width(tmp_path):
         if p.ndim > 1:
             torch.nn.init.kaiming_normal_(p)
     part = checkpoint.Part("vae", "here", ours.state_dict())
-    theirs = diffusers.AutoencoderKL.from_config(checkpoint.diffusers_config(part, {"resolution": 1024})).eval()
-    theirs.load_state_dict(checkpoint.laid_out(part, DiffusersLayout("vae", 4)), strict=True)
+    theirs = diffusers.AutoencoderKL.from_config(layouts.diffusers_config(part, {"resolution": 1024})).eval()
+    theirs.load_state_dict(checkpoint.laid_out(part, layouts.DiffusersLayout("vae", 4)), strict=True)
     images = torch.rand(2, 3, 64, 96) * 2 - 1
     with torch.no_grad():
         z = ours.to_latents(images, sample=False)
