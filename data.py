@@ -264,12 +264,13 @@ class Couples(Folder):
 
     KEYS = "text", "first", "second"
     SUFFIXES = {*Folder.SUFFIXES, ".npy"}
+    options = "buckets", "upscale"
 
-    def __init__(self, path, width=64, height=64, split="train", seed=0, filter="", buckets=False, upscale=False):
+    def __init__(self, path, width=64, height=64, split="train", seed=0, buckets=False, upscale=False):
         Pictures.__init__(self, width, height, seed, buckets, upscale)
         path = Path(path)
         jsonl = path / "metadata.jsonl" if path.is_dir() else path
-        found = sorted(self.listed(jsonl, filter) if jsonl.exists() else self.beside(path))
+        found = sorted(self.listed(jsonl) if jsonl.exists() else self.beside(path))
         if not found:
             text, *files = self.KEYS
             raise ValueError(f"{path} holds no {text} with two pictures (lines of {', '.join(self.KEYS)}, or files name.txt, name.{files[0]}.png, name.{files[1]}.png)")
@@ -277,10 +278,8 @@ class Couples(Folder):
         if buckets:
             self.arrange(self.measured(), range(len(self.items)))
 
-    def listed(self, jsonl, filter):
+    def listed(self, jsonl):
         """(first, second, text) of each line."""
-        if filter:
-            raise ValueError(f"{jsonl} has no columns for --filter")
         for number, line in enumerate(jsonl.read_bytes().splitlines(), 1):
             try:
                 text, first, second = (json.loads(line)[key] for key in self.KEYS)
@@ -552,7 +551,7 @@ def open_data(spec, width=64, height=64, split="train", seed=0, **options):
         raise ValueError(f"--data {name} needs a folder: {name}:DIR")
     options = {key: value for key, value in options.items() if value}
     if refused := [key for key in options if key not in SOURCES[name].options]:
-        raise ValueError(f"--{refused[0].replace('_', '-')} is for {'shapes' if refused[0] == 'keep_resolution' else 'folder:, imagenet: and tar:'} alone, not for {name}")
+        raise ValueError(f"--{refused[0].replace('_', '-')} is for {', '.join(other for other in SOURCES if refused[0] in SOURCES[other].options)} alone, not for {name}")
     return SOURCES[name](*[argument] * bool(argument), width=width, height=height, split=split, seed=seed, **options)
 
 

@@ -31,7 +31,9 @@ def processes(device, sharding):
         return
     if started and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if device.startswith("cuda:"):
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {device!r} cannot be used: torch sees no GPU")
         torch.cuda.set_device(device)
     alone = {} if started else dict(rank=0, world_size=1, store=dist.HashStore())
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2), **alone)  # the others wait while rank 0 evaluates

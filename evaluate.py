@@ -20,7 +20,7 @@ from torch import nn
 
 import checkpoint
 import shapes
-from config import flag, one_line_errors, parse_config
+from config import check_least, flag, one_line_errors, parse_config
 from data import ShapeEdits, Shapes
 from flow import shift
 from pipeline import to_tensor
@@ -443,11 +443,11 @@ def clip_features(bundle, images, captions):
     return tuple(torch.cat([F.normalize(half, dim=1) for half in x.split(halves, 1)], 1) for x in (image, pooled))
 
 
-def clip_and_fid(bundle, level, n=512, seed=0):
+def clip_and_fid(bundle, level, n=512, seed=0, **settings):
     """{'retrieval': 64-way on true pictures, 'clip_score': of samples, 'fid': of samples against true pictures, both of held-out captions}."""
     _, images, captions = held_out(level, n, bundle.config["resolution"])
     real, text = clip_features(bundle, images, captions)
-    samples = torch.cat([generate(bundle, captions[i:i + 128], seed=seed + i) for i in range(0, n, 128)])
+    samples = torch.cat([generate(bundle, captions[i:i + 128], seed=seed + i, **settings) for i in range(0, n, 128)])
     fake, _ = clip_features(bundle, from_uint8(samples), captions)
     return {"retrieval": retrieval(real, text), "clip_score": clip_score(fake, text), "clip_score_real": clip_score(real, text),
             "fid": frechet_distance(real, fake)}
@@ -468,7 +468,7 @@ class EvaluateConfig:
     shift: float = flag(0.0, "timestep shift; 0: the bundle's", "sampling")
     t_last: float = flag(-1.0, "where the last step begins; -1: the bundle's", "sampling")
     sampler: str = flag("", "ODE solver; empty: the bundle's", "sampling")
-    width: int = flag(0, "of the pictures of the categories and of typography; 0: the bundle's", "sampling", unit="pixels")
+    width: int = flag(0, "of the samples; 0: the bundle's", "sampling", unit="pixels")
     height: int = flag(0, "likewise", "sampling", unit="pixels")
 
 
@@ -484,6 +484,7 @@ def evaluate_edits(bundle, cfg, sampling):
 
 def main():
     cfg = parse_config(EvaluateConfig, description=__doc__)
+    check_least(cfg, prompts=1, seed=0)
     bundle = checkpoint.load_bundle(cfg.weights)
     sampling = {name: getattr(cfg, name) for name in ("steps", "cfg", "shift", "t_last", "sampler")} | {name: getattr(cfg, name) or None for name in ("width", "height")}
     if latent_channels(bundle.mmdit)[1]:
@@ -500,7 +501,7 @@ def main():
         scores["typography"] = {name: typography(bundle, cfg.prompts, cfg.seed, unseen, **sampling) for name, unseen in
                                 (("random letters", False), ("unseen words", True))}
         scores["autoencoder"] = autoencoder(bundle, cfg.level)
-        scores["clip"] = clip_and_fid(bundle, cfg.level, seed=cfg.seed)
+        scores["clip"] = clip_and_fid(bundle, cfg.level, seed=cfg.seed, **sampling)
         print(json.dumps({name: scores[name] for name in ("typography", "autoencoder", "clip")}, indent=1))
     if cfg.out:
         checkpoint.write_json(Path(cfg.out) / "scores.json", scores)

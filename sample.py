@@ -69,7 +69,7 @@ from tqdm import tqdm
 
 import checkpoint
 from flow import formulation
-from samplers import SAMPLERS, guided, guided_edit, keeping, parts, start_from, timesteps
+from samplers import SAMPLERS, guided, guided_edit, keeping, parts, start_from, timesteps, timesteps_log_snr
 
 MAX_PROMPT, MAX_SIDE = 2000, 4096
 MAX_ROWS = 2048  # times x samples whose modulations are made ahead of sampling: 0.1 GB for the miniature
@@ -162,6 +162,28 @@ def initial_noise(bundle, n, seed, width, height):
     return noise.to(next(bundle.mmdit.parameters()).device)
 
 
+def settled(config, steps, cfg, shift, sampler, image_cfg, t_last):
+    """Those settings of `generate`, from the bundle's config where they are 0, -1 or empty."""
+    steps, shift, sampler = steps or config["steps"], shift or config["shift"], sampler or config["sampler"]
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    if not 1 <= steps <= 1000 or not 0 < shift <= 100:
+        raise ValueError(f"steps is {steps} and shift {shift}; steps must be in 1..1000, shift above 0 and at most 100")
+    cfg = config["cfg"] if cfg < 0 else cfg
+    image_cfg = config.get("image_cfg", 1.0) if image_cfg < 0 else image_cfg
+    t_last = config.get("t_last", 0.0) if t_last < 0 else t_last
+    return steps, cfg, shift, sampler, image_cfg, t_last
+
+
+def time_grid(form, schedule, steps, shift, t_last):
+    """(steps + 1,): even in the log-SNR (schedule "log-snr": what `train.py` writes where paths are curved) or in t, as `samplers.timesteps` has it."""
+    if schedule != "log-snr":
+        return timesteps(steps, shift, form.t_max, form.t_min, schedule, t_last)
+    if t_last > 0:
+        raise ValueError(f"t_last is {t_last}, which is of grids that are even in t; this one is even in the log-SNR")
+    return timesteps_log_snr(steps, form, shift)
+
+
 @torch.inference_mode()
 def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, sampler="", seed=0, width=None, height=None,
              encoders=("clip_l", "clip_g", "t5"), callback=None, init=None, strength=0.6, mask=None, edit=None, image_cfg=-1.0, t_last=-1.0):
@@ -171,27 +193,20 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
     estimate, decoded, before each step; it costs a decoding each time. init, an image (3, H, W) in [-1, 1], is the picture to start from: noised to
     t = strength, and redrawn from there on. mask (H, W): 1 where that may be, 0 where every pixel stays. edit, images (B, 3, H, W) in [-1, 1]: the pictures
     that the prompts, then instructions, are to change; cfg is the instructions' guidance, image_cfg the pictures'."""
-    defaults = bundle.config
-    steps, shift, sampler = steps or defaults["steps"], shift or defaults["shift"], sampler or defaults["sampler"]
-    cfg = defaults["cfg"] if cfg < 0 else cfg
-    image_cfg = defaults.get("image_cfg", 1.0) if image_cfg < 0 else image_cfg
-    t_last = defaults.get("t_last", 0.0) if t_last < 0 else t_last
-    width, height = (defaults["resolution"] if side is None else side for side in (width, height))
+    config = bundle.config
+    steps, cfg, shift, sampler, image_cfg, t_last = settled(config, steps, cfg, shift, sampler, image_cfg, t_last)
+    width, height = (config["resolution"] if side is None else side for side in (width, height))
     check_size(width, height)
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
     check_init(init, mask, strength, width, height)
     if edit is not None and edit.shape != (len(prompts), 3, height, width):
         raise ValueError(f"the pictures to edit are {tuple(edit.shape)}, they must be {(len(prompts), 3, height, width)} for {len(prompts)} prompts and {width} x {height} pixels")
     if abs(seed) > 2 ** 62:
         raise ValueError(f"seed is {seed}; at most 2^62 is taken")
-    if not 1 <= steps <= 1000 or not 0 < shift <= 100:
-        raise ValueError(f"steps is {steps} and shift {shift}; steps must be in 1..1000, shift above 0 and at most 100")
 
     if init is not None and strength <= t_last:
         t_last = 0.0                              # begun below it, the grid would have no step
-    form = formulation(defaults["formulation"])
-    ts = timesteps(steps, shift, form.t_max, form.t_min, defaults.get("schedule", "uniform"), t_last)
+    form = formulation(config["formulation"])
+    ts = time_grid(form, config.get("schedule", "uniform"), steps, shift, t_last)
     source = None if edit is None else bundle.vae.to_latents(edit.to(bundle.device), sample=False)
     velocity = guided_velocity(bundle, prompts, cfg, negative_prompt, encoders, ts, source, image_cfg)   # first: an encoder may be let go before the MM-DiT is loaded
     noise = initial_noise(bundle, len(prompts), seed, width, height)

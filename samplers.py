@@ -56,10 +56,14 @@ def timesteps(steps, shift=1.0, t_max=1.0, t_min=0.0, schedule="uniform", t_last
     return t
 
 
-def timesteps_log_snr(steps, path, limit=14.0):
-    """Uniform in lambda_t between -limit and limit, as far as the path's range goes. What curved paths want: EDM's t crowds at its ends."""
+def timesteps_log_snr(steps, path, shift=1.0, limit=14.0):
+    """Uniform in lambda_t between -limit and limit, as far as the path's range goes. What curved paths want: EDM's t crowds at its ends.
+
+    shift: of Eq. 23, on the share of that range that is left; above 1 more of the steps are near noise."""
     low, high = (torch.full((steps + 1,), t, dtype=torch.float64) for t in (path.t_min, path.t_max))
-    goal = torch.lerp(*path.log_snr(torch.stack([high, low])).clamp(-limit, limit), torch.linspace(0, 1, steps + 1).double())
+    left = torch.linspace(1, 0, steps + 1).double()
+    left = shift * left / (1 + (shift - 1) * left)
+    goal = torch.lerp(*path.log_snr(torch.stack([low, high])).clamp(-limit, limit), left)
     for _ in range(150):                          # bisection, down to the smallest t that float32 holds
         t = (low + high) / 2
         above = path.log_snr(t) > goal
@@ -292,11 +296,14 @@ def sample_dpmpp_2m(velocity, z, ts, callback=None, path=STRAIGHT):
 
 def sample_sde(velocity, z, ts, callback=None, path=STRAIGHT, noise=1.0, generator=None):
     """Euler-Maruyama on dz = (v + g^2 eps / (2 b)) dt + g dW, t falling: the same p_t as the ODE's for any g, as the score is -eps / b
-    (Fokker-Planck). g^2 = 2 noise b b' needs no division where b = 0 and is EDM's own at noise 1; noise 0 is Euler. Half order, falling t only."""
+    (Fokker-Planck). g^2 = 2 noise b b' needs no division where b = 0 and is EDM's own at noise 1. Half order, falling t only. The last step is
+    DDIM's: nothing comes after it to take its noise away."""
     v, steps = stepping(velocity, z, ts, callback)
     for i, t, s in steps:
         k = v(z, t, i)
-        _, eps = parts(k, z, t, path)
+        x0, eps = parts(k, z, t, path)
+        if i == steps[-1][0]:
+            return path.a(s) * x0 + path.b(s) * eps
         fresh = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=generator.device if generator else z.device).to(z)
         z = z + (s - t) * (k + noise * path.db(t) * eps) + (2 * noise * path.b(t) * path.db(t) * (t - s)).sqrt() * fresh
     return z

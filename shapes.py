@@ -157,9 +157,8 @@ def twin(rng, scene):
         things.pop()
     else:
         t = things[0]
-        things[0] = replace(t, word="".join(rng.permutation(list(t.word)))) if t.word else replace(t, color=other_color(rng, t))
-        if things[0].word in HELD_OUT_WORDS:
-            things[0] = t
+        mixed = "".join(rng.permutation(list(t.word)))
+        things[0] = replace(t, color=other_color(rng, t)) if mixed == t.word or mixed in HELD_OUT_WORDS else replace(t, word=mixed)
     return replace(scene, things=tuple(things))
 
 

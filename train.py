@@ -37,7 +37,7 @@ class TrainConfig:
     memory: float = flag(0.0, "that each may have; 0: the GPU's, or its share of this machine's", "plan", unit="GB")
     peak: float = flag(0.0, "that each reaches; 0: what products of matrices reach here", "plan", unit="TFLOP/s")
     seed: int = flag(0, "of weights, data, noise", "run")
-    steps: int = flag(0, "optimizer steps of the stage; 0: its default (with stage all: of pretrain)", "optimization")
+    steps: int = flag(0, "optimizer steps of the stage; 0: its default (with stage all this, batch size and learning rates are those of pretrain)", "optimization")
     batch_size: int = flag(0, "samples a step, over all processes; 0: the stage's default", "optimization")
     grad_accum: int = flag(1, "micro-batches that a process's part of the batch is cut into: less memory, the same training", "optimization")
     lr: float = flag(0.0, "learning rate of AdamW; 0: the stage's default", "optimization")
@@ -55,13 +55,13 @@ class TrainConfig:
     qk_norm: bool = flag(True, "RMSNorm on Q and K; finetune and edit add it to a model without", "model")
     weight_sets: int = flag(2, "sets of weights a block: 2 is the paper's, 1 a DiT, 3 for CLIP, T5 and image", "model")
     attention: str = flag("sdpa", "torch's or our fused attention", "model", choices=("sdpa", "fused"))
-    base_resolution: int = flag(0, "side of the pictures whose tokens have the positions 0 to 16; those of larger ones lie outside, at the same distance; 0: resolution", "model", unit="pixels")
-    latent_channels: int = flag(16, "of the autoencoder", "model")
-    text_width: int = flag(256, "of T5; the CLIPs have 3/8 and 5/8 of it, 3 to 5 as the released 768 to 1280", "model")
+    base_resolution: int = flag(0, "side of pictures that have the positions 0 to 16; larger ones' lie outside, as far apart; 0: resolution, or in proportion to the start's", "model", unit="pixels")
+    latent_channels: int = flag(16, "of an autoencoder trained here", "model")
+    text_width: int = flag(256, "of a T5 trained here; the CLIPs have 3/8 and 5/8 of it, 3 to 5 as the released 768 to 1280", "model")
     clip_length: int = flag(16, "tokens a prompt for the CLIPs", "model")
     t5_length: int = flag(24, "tokens a prompt for T5", "model")
     formulation: str = flag("rf/lognorm(0.00,1.00)", "path, prediction and density of t (flow.py)", "flow")
-    shift: float = flag(0.0, "timestep shift alpha (Eq. 23), in training and sampling; 0: 3, or for finetune and edit the start's times sqrt(m / n) for m pixels after n", "flow")
+    shift: float = flag(0.0, "timestep shift alpha (Eq. 23), in training and sampling; 0: 3, on curved paths 1, or for finetune and edit the start's times sqrt(m / n) for m pixels after n", "flow")
     text_dropout: float = flag(0.464, "probability with which each text encoder is left out (App. B.3)", "flow")
     image_dropout: float = flag(0.1, "of stage edit: probability with which the picture to edit is left out", "flow")
     cfg: float = flag(0.0, "guidance scale of the sample grids, and the bundle's default; 0: 4, of shapes 2.5", "flow")
@@ -106,6 +106,8 @@ import contextlib
 import copy
 import itertools
 import math
+import os
+import shutil
 import signal
 import sys
 import time
@@ -119,7 +121,7 @@ import checkpoint
 import distributed
 import evaluate
 from data import Latents, open_data
-from flow import formulation, shift, shift_alpha
+from flow import RectifiedFlow, formulation, shift, shift_alpha
 from mmdit import MMDiT, fit_qk_norms, grown
 from optim import make_optimizers, set_rates, update_average, whole
 from pipeline import autocast, batches, caption_batches, check_fingerprint, conditioned_batches, count, first, first_captions, precision, report_skipped
@@ -259,6 +261,8 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
     averages = [p.detach().clone() for p in trained] if cfg.sharding == "fsdp" else copies
     optimizers = make_optimizers(module, cfg, precision(cfg))
     step, bad = run.load(module, averaged, averages, optimizers)
+    if step > cfg.steps:
+        raise ValueError(f"--steps is {cfg.steps}, {run.latest()} is further")
     run.start(step)
 
     def evaluated():
@@ -442,7 +446,8 @@ def train_t5(cfg):
     """Half of the batches are masked spans, half, where every scene has two captions, prefix language modelling (Raffel et al. 2020, Sec. 3.2): one caption from the other."""
     dataset, held_out = open_split(cfg, "train", True), open_split(cfg, "val", True)
     length = 2 * cfg.t5_length  # two captions a document
-    tokenizer = UnigramTokenizer.from_folder(Path(cfg.init_from) / "t5_tokenizer", length) if cfg.init_from else UnigramTokenizer.train(texts(dataset), length)
+    tokenizer = (UnigramTokenizer.from_folder(Path(cfg.init_from) / "t5_tokenizer", length) if cfg.init_from
+                 else UnigramTokenizer.train(texts(dataset), length, sentinels=max(16, length // 6 + 4)))      # one in six tokens begins a hidden span
     reader = UnigramTokenizer(tokenizer.config, cfg.t5_length)
     config = dict(vocab_size=len(tokenizer.pieces), width=cfg.text_width, layers=3, heads=cfg.text_width // 32, head_dim=32,
                   mlp=3 * cfg.text_width // 2, buckets=32, max_distance=64)
@@ -495,18 +500,22 @@ OF_THE_MMDIT, FROM_A_MODEL = ("pretrain", "finetune", "edit"), ("finetune", "edi
 
 
 def inherited(cfg):
-    """What finetune and edit take from --init-from: the architecture, the frozen parts, the path; and its timestep shift, times Eq. 23's alpha for the new resolution."""
+    """What finetune and edit take from --init-from: the architecture, the frozen parts, the path; its positions, interpolated, and its timestep shift, times Eq. 23's alpha, for the new resolution."""
     if not cfg.init_from:
         raise ValueError(f"--stage {cfg.stage} needs --init-from RUN, the bundle whose MM-DiT it goes on from")
     if Path(cfg.init_from).resolve() == Path(cfg.out).resolve():
         raise ValueError(f"--out {cfg.out} is --init-from, which would be overwritten")
+    if cfg.weights not in (cfg.init_from, TrainConfig.weights):
+        raise ValueError(f"--weights is {cfg.weights}: --stage {cfg.stage} takes the frozen parts of --init-from")
     bundle = checkpoint.load_bundle(cfg.init_from)
-    start = bundle.config | {"depth": bundle.part("mmdit").config["depth"], "weight_sets": bundle.part("mmdit").config.get("weight_sets", 2)}
+    model = bundle.part("mmdit").config
+    start = bundle.config | {"depth": model["depth"], "weight_sets": model.get("weight_sets", 2)}
     taken = {name: start[name] for name in ("depth", "weight_sets", "clip_length", "t5_length", "formulation")}
     for name, value in taken.items():
         if getattr(cfg, name) not in (value, getattr(TrainConfig, name)):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, that of {cfg.init_from} is {value}: --stage {cfg.stage} cannot change it")
-    return replace(cfg, weights=cfg.init_from, shift=cfg.shift or start["shift"] * shift_alpha(cfg.resolution ** 2, start["resolution"] ** 2), **taken)
+    base = cfg.base_resolution or 16 * max(model.get("base_size", 64) * cfg.resolution // start["resolution"], 1)
+    return replace(cfg, weights=cfg.init_from, base_resolution=base, shift=cfg.shift or start["shift"] * shift_alpha(cfg.resolution ** 2, start["resolution"] ** 2), **taken)
 
 
 def start_config(cfg):
@@ -562,10 +571,30 @@ def planned(cfg):
         raise ValueError(f"--plan is of the MM-DiT's training, --stage pretrain or all, not {cfg.stage}")
     run = with_defaults(cfg, "pretrain")
     check(run, cfg.processes)
+    if not cfg.peak:
+        check_device(cfg.device)
     parts = {name: Path(cfg.out if (Path(cfg.out) / f"{name}.json").exists() else cfg.weights) / f"{name}.pt" for name in ("vae", "clip_l", "clip_g", "t5") if cfg.stage == "pretrain"}
     configs = {name: checkpoint.read_json(path.with_suffix(".json")) for name, path in parts.items()}
     sizes = TextSizes(*(configs[name]["width"] for name in ("clip_l", "clip_g", "t5"))) if parts else TextSizes(cfg.text_width * 3 // 8, cfg.text_width * 5 // 8, cfg.text_width)
     plan(run, architecture(run, sizes, configs["vae"]["latent_channels"] if parts else cfg.latent_channels), parts.values())
+
+
+def sampling_settings(cfg):
+    """How the run's MM-DiT is sampled from: what the bundle's config.json records, as it may be edited there."""
+    if cfg.stage == "finetune":
+        start = checkpoint.read_object(Path(cfg.init_from) / "config.json")
+        return {name: start[name] for name in ("steps", "sampler", "t_last", "schedule") if name in start}
+    shown = {"image_cfg": 1.5} if cfg.stage == "edit" else {}
+    if not straight(cfg.formulation):      # in t a step crosses from one end of a curved path to the other
+        return {"steps": 28, "sampler": "dpmpp_2m", "schedule": "log-snr"} | shown
+    if cfg.stage == "pretrain" and cfg.data.startswith("shapes"):    # late steps pull to the (shape, color) pairs of the training (RESULTS.md)
+        return {"steps": 28, "sampler": "euler", "t_last": 0.4}
+    return {"steps": 14, "sampler": "abm2"} | shown
+
+
+def straight(name):
+    """Whether a formulation's path is Eq. 13's, which takes Eq. 23's shift and even steps in t."""
+    return isinstance(formulation(name).path, RectifiedFlow)
 
 
 def run_bundle(cfg, dataset):
@@ -578,15 +607,8 @@ def run_bundle(cfg, dataset):
         raise ValueError(f"--clip-length is {cfg.clip_length}; the CLIPs of {clip_l.parent} have positions for {most}")
     if missing and not distributed.rank():
         checkpoint.copy_parts(cfg.weights, cfg.out, missing)
-    sampling = {"steps": 14, "sampler": "abm2"}
-    if cfg.stage == "edit":
-        sampling["image_cfg"] = 1.5
-    elif cfg.stage == "finetune":
-        sampling = {name: value for name, value in checkpoint.read_object(Path(cfg.init_from) / "config.json").items() if name in ("steps", "sampler", "t_last", "schedule")}
-    elif cfg.stage == "pretrain" and cfg.data.startswith("shapes"):    # late steps pull to the (shape, color) pairs of the training (RESULTS.md)
-        sampling = {"steps": 28, "sampler": "euler", "t_last": 0.4}
     config = {"clip_length": cfg.clip_length, "t5_length": cfg.t5_length, "resolution": cfg.resolution, "formulation": cfg.formulation,
-              "shift": cfg.shift, "cfg": cfg.cfg, "unconditional": "zeros", "data": cfg.data, **sampling}
+              "shift": cfg.shift, "cfg": cfg.cfg, "unconditional": "zeros", "data": cfg.data, **sampling_settings(cfg)}
     if not distributed.rank():
         checkpoint.write_json(Path(cfg.out) / "config.json", config)
     distributed.barrier()
@@ -676,6 +698,8 @@ TRAIN = {**FROM_NOTHING, "finetune": train_mmdit, "edit": train_mmdit}
 def with_defaults(cfg, stage):
     """The settings of one stage of `cfg.stage`."""
     taken = {k: v for k, v in DEFAULTS[stage].items() if getattr(cfg, k) in (0, "auto") or (cfg.stage == "all" and stage != "pretrain")}
+    if "shift" in taken and not straight(cfg.formulation):
+        taken["shift"] = 1.0
     return replace(cfg, stage=stage, cfg=cfg.cfg or (2.5 if cfg.data.startswith("shapes") else 4.0), **taken)
 
 
@@ -700,6 +724,8 @@ def check(cfg, processes):
         raise ValueError(f"--grad-accum is {cfg.grad_accum}; stage clip compares all of a batch with each other: for it 1 is all there is")
     if cfg.sharding == "fsdp" and (cfg.compile or cfg.stage == "clip"):        # FSDP takes no scalar, as CLIP's temperature is
         raise ValueError(f"{'--compile' if cfg.compile else '--stage clip'} goes with --sharding ddp")
+    if cfg.compile and cfg.device == "cpu" and not shutil.which(compiler := os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")):
+        raise ValueError(f"--compile needs a C++ compiler: {compiler} is not there; the environment's CXX names another")
     if cfg.weight_sets > 3:
         raise ValueError(f"--weight-sets is {cfg.weight_sets}; known are 1, 2, 3")
 

@@ -227,7 +227,7 @@ def test_shapes_of_mixed_aspect_ratios():
         assert {world.level(item) for item in group[:4]} == {*LEVELS}
     kept = open_data("shapes:signs", 128, 128, buckets=True, keep_resolution=64)
     assert kept.sizes == [*world.sizes, (64, 64), (64, 64)] and len(kept.groups) == 7 and kept[kept.groups[6][3]].image.shape == (64, 64, 3)
-    with pytest.raises(ValueError, match="--keep-resolution is for shapes alone, not for folder"):
+    with pytest.raises(ValueError, match="--keep-resolution is for shapes, shape-edits alone, not for folder"):
         open_data("folder:absent", keep_resolution=64)
 
 
@@ -249,6 +249,8 @@ def test_edits_in_a_folder_or_in_lines(triples):
     lines = [json.dumps({"instruction": f"make it {i}", "edited": f"{i}.edited.png", "image": f"{i}.image.png"}) for i in range(3)]
     (triples / "list.jsonl").write_text("\n".join(lines))
     listed = open_data(f"edits:{triples}/list.jsonl", 32, 32)
+    with pytest.raises(ValueError, match="--filter is for folder, imagenet, tar alone, not for edits"):
+        open_data(f"edits:{triples}", 32, 32, filter="aesthetic>5")
     assert [listed.captions(i) for i in range(3)] == [folder.captions(i) for i in range(3)] and all((listed[i].image == folder[i].image).all() for i in range(3))
     bucketed = open_data(f"edits:{triples}", 64, 64, buckets=True, upscale=True)
     assert bucketed[0].image.shape == (48, 80, 6) and bucketed[1].image.shape == (64, 64, 6) and sorted(map(len, bucketed.groups)) == [1, 2]

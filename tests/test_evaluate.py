@@ -213,6 +213,10 @@ def test_the_command_takes_other_sizes(tiny, tmp_path, monkeypatch, capsys):
         assert drawn.size == (8 * 48 + 7 * 2, 32)
 
 
+def test_no_prompts_are_refused(refused, tiny):
+    assert "--prompts is 0; the least is 1" in refused("evaluate.py", "--weights", tiny, "--prompts", 0)
+
+
 def test_autoencoder_score_of_the_identity_and_of_gray():
     same = SimpleNamespace(config={"resolution": 64}, vae=SimpleNamespace(to_latents=lambda x, sample: x, decode=lambda z: z))
     assert evaluate.autoencoder(same, "lattice", 20) == {"psnr": math.inf, "detector": 1.0}
@@ -272,6 +276,8 @@ def test_clip_features_and_fid_of_a_bundle(tiny, tmp_path):
     scores = evaluate.clip_and_fid(bundle, "lattice", n=64)
     assert scores.keys() == {"retrieval", "clip_score", "clip_score_real", "fid"}
     assert 0 <= scores["retrieval"] < 0.2 and abs(scores["clip_score"]) < 1 and scores["fid"] > 1e-3
+    other = evaluate.clip_and_fid(bundle, "lattice", n=64, steps=1)
+    assert other["fid"] != scores["fid"] and other["clip_score_real"] == scores["clip_score_real"]
 
 
 # ---- CLIP's image tower

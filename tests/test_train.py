@@ -16,6 +16,7 @@ from PIL import Image
 
 import checkpoint
 import distributed
+import flow
 import optim
 import pipeline
 import plan
@@ -24,8 +25,10 @@ import sample
 import train
 from config import parse_config
 from data import Sample
+from flow import PAPER_FORMULATIONS
 from runs import plot
 from sample import generate
+from samplers import SAMPLERS
 from train import DEFAULTS, FROM_NOTHING, TRAIN, TrainConfig
 
 TINY = TrainConfig(batch_size=4, steps=3, depth=1, text_width=32, resolution=32, latent_channels=4, chunk=8, reuse=2, workers=0, log_every=1, warmup=2)
@@ -186,9 +189,11 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(run, tiny, tmp_path, monkeypat
     (["--sharding", "fdsp"], "did you mean fsdp?"), (["--sharding", "fsdp", "--compile"], "--compile goes with --sharding ddp"),
     (["--stage", "clip", "--sharding", "fsdp"], "--stage clip goes with --sharding ddp"), (["--ema-every", "0"], "--ema-every is 0; the least is 1"),
     (["--clip-length", "17"], "--clip-length is 17; the CLIPs of"),
-    (["--device", "toaster"], "device 'toaster' cannot be used")])
+    (["--device", "toaster"], "device 'toaster' cannot be used"), (["--plan", "--device", "toaster"], "device 'toaster' cannot be used"),
+    (["--sharding", "fsdp", "--device", "cuda:99"], "device 'cuda:99' cannot be used"), (["--compile"], "--compile needs a C++ compiler: absent-compiler is not there")])
 def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, monkeypatch, arguments, reason):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "absent-compiler")
     (tmp_path / "empty").mkdir()
     flags = [*FLAGS, "--weights", tiny, *arguments]                               # the last of two wins
     assert reason in refused("train.py", *flags)
@@ -206,6 +211,18 @@ def test_checkpoints_that_cannot_be_resumed_from(run, tiny, tmp_path):
     checkpoint.save_checkpoint(path, {"step": 1, "model": model.state_dict(), "ema": model.state_dict(), "optimizers": []})
     with pytest.raises(ValueError, match="pretrain-0000001.ckpt is of another architecture"):
         run(**settings)
+
+
+def test_fewer_steps_than_were_made_are_refused(run, quick, tiny, tmp_path, monkeypatch):
+    settings = dict(stage="pretrain", out=str(tmp_path), weights=str(tiny), steps=4)
+    with monkeypatch.context() as patch:
+        interrupt(patch, "by_level", 3, signal.SIGINT)
+        with pytest.raises(SystemExit, match="stopped at step 3"):
+            run(**settings)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="--steps is 2, .*pretrain-0000003.ckpt is further"):
+        run(**{**settings, "steps": 2}, resume=True)
+    assert {path: raw for path, raw in contents(tmp_path).items() if path.suffix != ".json"} == {path: raw for path, raw in before.items() if path.suffix != ".json"}
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run, tiny, tmp_path):
@@ -245,6 +262,24 @@ def test_settings_change_the_weights(run, tiny, tmp_path, monkeypatch):
     for name, value in changes.items():
         assert not same(plain, trained(name, **{name: value})), name
     assert checkpoint.read_json(tmp_path / "shift" / "config.json")["shift"] == 2.0 and checkpoint.read_json(tmp_path / "plain" / "config.json")["shift"] == DEFAULTS["pretrain"]["shift"]
+
+
+@pytest.mark.parametrize("data", ["shapes", "folder:here"])
+@pytest.mark.parametrize("name", PAPER_FORMULATIONS)
+def test_how_a_bundle_is_sampled_suits_its_path(name, data):
+    """A perfect network of one data point: what `train.py` writes into config.json ends there."""
+    cfg = train.with_defaults(replace(TINY, data=data, formulation=name), "pretrain")
+    settings, form = train.sampling_settings(cfg), flow.formulation(name)
+    point, noise = torch.tensor([[0.8, -1.2]]), torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+
+    def velocity(z, t):
+        a, b, da, db = (f(t)[:, None] for f in (form.a, form.b, form.da, form.db))
+        return da * point + db * (z - a * point) / b
+
+    options = {"path": form} if settings["sampler"] == "dpmpp_2m" else {}
+    ts = sample.time_grid(form, settings.get("schedule", "uniform"), settings["steps"], cfg.shift, settings.get("t_last", 0.0))
+    z = SAMPLERS[settings["sampler"]](velocity, form.start(noise), ts, **options)
+    assert (z - point).abs().max() < 0.02 and len(ts) == settings["steps"] + 1
 
 
 def test_lr_factor():
@@ -474,6 +509,8 @@ def test_a_base_resolution_keeps_the_function_on_pictures_of_it(run, quick, tiny
     assert (config["base_size"], config["pos_embed_max_size"]) == (2, 16)
     inputs = [torch.randn(shape) for shape in ((2, 4, 4, 4), (2,), (2, 40, 32), (2, 20))]
     assert torch.allclose(fine(*inputs), start(*inputs), atol=1e-3)                                 # stored in half precision
+    on = replace(TINY, init_from=str(tmp_path / "fine"), stage="edit", resolution=64)
+    assert [train.inherited(replace(on, resolution=side)).base_resolution for side in (64, 128, 96)] == [32, 64, 48]      # as its start, or interpolated
     with pytest.raises(ValueError, match="17 pixels"):
         run(stage="finetune", out=str(tmp_path / "odd"), init_from=str(tiny), resolution=64, base_resolution=17)
 
@@ -531,6 +568,7 @@ def test_the_architecture_that_is_gone_on_from(tmp_path):
     (["--stage", "edit", "--init-from", "TINY", "--data", "folder:x"], "--data folder:x is not what --stage edit learns from"),
     (["--data", "edits:x"], "--data edits:x is not what --stage pretrain learns from"),
     (["--stage", "finetune", "--init-from", "TINY", "--depth", "2"], "--depth is 2, that of"),
+    (["--stage", "finetune", "--init-from", "TINY", "--weights", "absent"], "--weights is absent: --stage finetune takes the frozen parts of --init-from"),
     (["--stage", "finetune", "--init-from", "TINY", "--out", "TINY"], "which would be overwritten"),
     (["--stage", "finetune", "--init-from", "TINY", "--no-qk-norm"], "is of another architecture")])
 def test_stages_that_go_on_from_a_model_refuse(refused, tiny, tmp_path, monkeypatch, arguments, reason):
