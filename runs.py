@@ -10,12 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import checkpoint
 import distributed
 from optim import local
+from pipeline import precision
 
 
 class Run:
@@ -198,6 +200,47 @@ def plot(folders, out):
         path = Path(out) / f"{stage}-compared.png"
         draw_metrics({folder: [row for row in found if row["stage"] == stage] for folder, found in rows.items()}, path)
         print(f"wrote {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a line of the log says
+
+class Meter:
+    """What the steps since the last line of the log gave, and how fast they were."""
+
+    def __init__(self, cfg, flops):
+        self.cfg, self.flops, self.peak = cfg, flops, flops and matrix_peak(cfg.device, precision(cfg)) * distributed.world()
+        self.reset()
+
+    def reset(self):
+        self.rows, self.steps, self.seconds, self.waited = [], 0, 0, 0
+
+    def add(self, rows, seconds, waited):
+        """Of a step: {name: number or list} of each micro-batch, none if it was skipped; how long it took, and of that the wait for data."""
+        self.rows += rows
+        self.steps, self.seconds, self.waited = self.steps + 1, self.seconds + seconds, self.waited + waited
+
+    def report(self, run, step, lr, bar):
+        """Logs the means over all processes and the speed, and measures anew from there; nothing if every step was skipped."""
+        if not (rows := distributed.everyones(self.rows)):
+            return
+        speed = {"rate": self.steps * self.cfg.batch_size / self.seconds, "waiting": self.waited / self.seconds, "memory": peak_memory(self.cfg.device) / 1e9}
+        if self.flops:
+            speed |= {"tflops": self.steps * self.flops / self.seconds / 1e12, "of_peak": self.steps * self.flops / self.seconds / self.peak}
+        self.reset()
+        means = mean_of(rows)
+        run.log(step, **means, lr=lr, **speed)
+        bar.set_postfix_str(f"loss {means['loss']:.4f}, " + ", ".join(f"{name} {value:.3g}" for name, value in speed.items()))
+
+
+def mean_of(rows):
+    """The mean of each number, or of each place of a list of which some are None, over the rows."""
+    def mean(values):
+        if isinstance(values[0], list):
+            return [mean(column) for column in zip(*values)]
+        there = [v for v in values if v is not None]
+        return round(float(np.mean(there)), 7) if there else None
+    return {key: mean([row[key] for row in rows]) for key in rows[0]}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ from mmdit import MMDiT, fit_qk_norms, grown
 from optim import make_optimizers, set_rates, update_average, whole
 from pipeline import autocast, batches, caption_batches, check_fingerprint, conditioned_batches, count, first, first_captions, precision, report_skipped
 from plan import counted_step, plan
-from runs import Run, matrix_peak, peak_memory, plot
+from runs import Meter, Run, plot
 from sample import check_device, check_size, generate, grid, latent_channels, save_png, to_uint8
 from text_encoders import (BPETokenizer, CLIPTextEncoder, T5Denoiser, T5Encoder, TextSizes, UnigramTokenizer, contrastive_loss,
                            span_corruption)
@@ -208,40 +208,10 @@ def timed(batches):
         begun = time.perf_counter()
 
 
-class Meter:
-    """What the steps since the last line of the log gave, and how fast they were."""
-
-    def __init__(self, cfg, flops):
-        self.cfg, self.flops, self.peak = cfg, flops, flops and matrix_peak(cfg.device, precision(cfg)) * distributed.world()
-        self.reset()
-
-    def reset(self):
-        self.rows, self.steps, self.seconds, self.waited = [], 0, 0, 0
-
-    def add(self, rows, seconds, waited):
-        """Of a step: {name: number or list} of each micro-batch, none if it was skipped; how long it took, and of that the wait for data."""
-        self.rows += rows
-        self.steps, self.seconds, self.waited = self.steps + 1, self.seconds + seconds, self.waited + waited
-
-    def read(self):
-        """({name: mean over all processes}, {name: speed}), from which on it measures anew; two empty ones if every step was skipped."""
-        if not (rows := distributed.everyones(self.rows)):
-            return {}, {}
-        speed = {"rate": self.steps * self.cfg.batch_size / self.seconds, "waiting": self.waited / self.seconds, "memory": peak_memory(self.cfg.device) / 1e9}
-        if self.flops:
-            speed |= {"tflops": self.steps * self.flops / self.seconds / 1e12, "of_peak": self.steps * self.flops / self.seconds / self.peak}
-        self.reset()
-        return mean_of(rows), speed
-
-
-def mean_of(rows):
-    """The mean of each number, or of each place of a list of which some are None, over the rows."""
-    def mean(values):
-        if isinstance(values[0], list):
-            return [mean(column) for column in zip(*values)]
-        there = [v for v in values if v is not None]
-        return round(float(np.mean(there)), 7) if there else None
-    return {key: mean([row[key] for row in rows]) for key in rows[0]}
+def averaged_copy(module, cfg):
+    """It shares the weights that are not trained."""
+    averaged = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad}).eval().requires_grad_(False)
+    return averaged.to("meta") if cfg.sharding == "fsdp" and distributed.rank() else averaged
 
 
 def fit(cfg, module, data, draw, loss_of, validate, flops=0):
@@ -252,10 +222,8 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
     validate(averaged module, step) -> {name: number}, called on rank 0 every eval_every steps and at the end; flops: of a step, over all processes, where they are known."""
     run = Run(cfg)
     module.to(cfg.device).train()
+    averaged = averaged_copy(module, cfg)
     names = {name for name, p in module.named_parameters() if p.requires_grad}
-    averaged = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad}).eval().requires_grad_(False)
-    if cfg.sharding == "fsdp" and distributed.rank():
-        averaged.to("meta")
     network = distributed.wrap(module, loss_of, cfg, precision(cfg))
     trained, copies = ([p for name, p in one.named_parameters() if name in names] for one in (module, averaged))
     averages = [p.detach().clone() for p in trained] if cfg.sharding == "fsdp" else copies
@@ -300,10 +268,7 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
             if attentions:
                 run.log(step, **by_block(attentions, len(module.joint_blocks)))
             if step % cfg.log_every == 0:
-                means, speed = meter.read()
-                if means:
-                    run.log(step, **means, lr=optimizers[-1].param_groups[0]["lr"], **speed)
-                    bar.set_postfix_str(f"loss {means['loss']:.4f}, " + ", ".join(f"{name} {value:.3g}" for name, value in speed.items()))
+                meter.report(run, step, optimizers[-1].param_groups[0]["lr"], bar)
             if step % cfg.eval_every == 0 and step < cfg.steps and not stopping:
                 evaluated()
             if (step % (cfg.checkpoint_every or cfg.eval_every) == 0 and step < cfg.steps) or stopping or (cfg.milestone_every and step % cfg.milestone_every == 0):
@@ -618,70 +583,77 @@ def run_bundle(cfg, dataset):
 def train_mmdit(cfg):
     dataset, held_out = open_split(cfg, "train"), open_split(cfg, "val")
     bundle = run_bundle(cfg, dataset)
-    form, channels, pictures = formulation(cfg.formulation), bundle.part("vae").config["latent_channels"], 2 if cfg.stage == "edit" else 1
+    form, channels = formulation(cfg.formulation), bundle.part("vae").config["latent_channels"]
     model_config = architecture(cfg, bundle.text.sizes, channels)
     torch.manual_seed(cfg.seed)
     model = MMDiT(**model_config, attention=cfg.attention)
     start_from(cfg, "mmdit", model, *[grown] * (cfg.stage in FROM_A_MODEL))
     model.checkpointing = cfg.checkpointing
-    network = torch.compile(model) if cfg.compile else model
-
-    tokens, side = cfg.clip_length + cfg.t5_length, cfg.resolution // 8
-
-    def draw(batch, generator):
-        kept = bundle.text.kept(cfg.batch_size, cfg.text_dropout, generator)
-        size = batch[0].shape[2:]
-        t = shift(form.sample_t(cfg.batch_size, generator), cfg.shift * shift_alpha(math.prod(size), side ** 2))      # m: this batch's
-        noise = torch.randn(cfg.batch_size, channels, *size, generator=generator)
-        seen = torch.rand(cfg.batch_size, generator=generator) >= cfg.image_dropout      # drawn last: other stages' numbers are the same without
-        return *batch, *map(distributed.own, (kept, t, noise, seen))
-
-    def split(latents):
-        """-> those to make (B, C, h, w), and those of the picture to edit: (B, C, h, w), or (B, 0, h, w) in other stages."""
-        return latents.split([channels, (pictures - 1) * channels], 1)
-
-    def loss_of(_, *columns):
-        latents, context, pooled, kept, t, noise, seen = (x.to(cfg.device) for x in columns)
-        context, pooled = bundle.text.drop(context, pooled, kept=kept)
-        latents, source = split(latents)
-        source = source * seen[:, None, None, None]
-
-        def out(z, s):
-            return network(torch.cat([form.input(z, s), source], 1), s, context, pooled).float()
-
-        losses = form.loss(out, latents, t=t, eps=noise)
-        return losses.mean(), {"loss_bins": by_level(losses.detach(), t)}
-
-    flops = cfg.batch_size * counted_step(model_config, cfg, 1, side, tokens, update=False).flops
-    n = min(512, count(held_out))
-    few = cfg.batch_size // (distributed.world() * cfg.grad_accum)  # so that validation takes no more memory than training
-    validation = next(conditioned_batches(held_out, bundle, replace(cfg, workers=0, batch_size=n, chunk=n)))
-    if validation[0].shape[1] != pictures * channels:
-        raise ValueError(f"{cfg.data} has {validation[0].shape[1]} channels of latents a sample; --stage {cfg.stage} takes {pictures * channels}, of {pictures} picture(s)")
-    add_qk_norms(cfg, model, *validation, form)
+    latents, *text = validation_batch(cfg, held_out, bundle, model_config["in_channels"])
+    add_qk_norms(cfg, model, latents, *text, form)
+    draw, loss_of = flow_matching(cfg, bundle, form, torch.compile(model) if cfg.compile else model, channels)
     prompts, shown = fixed_edits(cfg, bundle, held_out, channels) if cfg.stage == "edit" else (fixed_prompts(cfg, held_out), None)
 
-    def samples():
-        """Of edits, each beside its picture."""
-        if shown is None:
-            return generate(bundle, prompts)
-        return torch.stack([to_uint8(shown), generate(bundle, prompts, width=shown.shape[3], height=shown.shape[2], edit=shown)], 1).flatten(0, 1)
-
     def validate(model, step):
-        def out(z, t, source, *text):
-            parts = ([x.to(cfg.device) for x in part] for part in zip(*(x.split(few) for x in (z, t, source, *text))))
-            return torch.cat([model(torch.cat([form.input(z, t), source], 1), t, *c).cpu() for z, t, source, *c in parts])
-
-        latents, source = split(validation[0])
         alpha = cfg.shift if cfg.stage in FROM_A_MODEL else 1.0
-        levels = evaluate.validation_loss(lambda z, t, *text: out(z, t, source, *text), form, latents, *validation[1:], alpha=alpha)
+        levels = evaluate.validation_loss(in_parts(cfg, model, form, latents[:, channels:]), form, latents[:, :channels], *text, alpha=alpha)
         bundle.mmdit = model
-        save_png(grid(samples()), Path(cfg.out) / f"grid-{step:07}.png", {"step": step, "prompts": "\n".join(prompts)})
+        save_png(grid(samples(bundle, prompts, shown)), Path(cfg.out) / f"grid-{step:07}.png", {"step": step, "prompts": "\n".join(prompts)})
         checkpoint.save_part(cfg.out, "mmdit", model, model_config)
         scores = (evaluate.edits if cfg.stage == "edit" else evaluate.geneval)(bundle, 10)[0] if cfg.data.startswith("shapes") else {}
         return {"val_loss": float(np.mean(levels[:-1])), "val_levels": levels, **scores}
 
+    flops = cfg.batch_size * counted_step(model_config, cfg, 1, cfg.resolution // 8, cfg.clip_length + cfg.t5_length, update=False).flops
     fit(cfg, model, lambda start: conditioned_batches(dataset, bundle, cfg, start, *place()), draw, loss_of, validate, flops)
+
+
+def flow_matching(cfg, bundle, form, network, channels):
+    """(draw, loss_of) of `fit`, for batches of latents (B, C, h, w), of stage edit (B, 2C, h, w) with the picture to edit, context and pooled."""
+    def draw(batch, generator):
+        kept = bundle.text.kept(cfg.batch_size, cfg.text_dropout, generator)
+        size = batch[0].shape[2:]
+        t = shift(form.sample_t(cfg.batch_size, generator), cfg.shift * shift_alpha(math.prod(size), (cfg.resolution // 8) ** 2))      # m: this batch's
+        noise = torch.randn(cfg.batch_size, channels, *size, generator=generator)
+        seen = torch.rand(cfg.batch_size, generator=generator) >= cfg.image_dropout      # drawn last: other stages' numbers are the same without
+        return *batch, *map(distributed.own, (kept, t, noise, seen))
+
+    def loss_of(_, *columns):
+        latents, context, pooled, kept, t, noise, seen = (x.to(cfg.device) for x in columns)
+        context, pooled = bundle.text.drop(context, pooled, kept=kept)
+        source = latents[:, channels:] * seen[:, None, None, None]
+
+        def out(z, s):
+            return network(torch.cat([form.input(z, s), source], 1), s, context, pooled).float()
+
+        losses = form.loss(out, latents[:, :channels], t=t, eps=noise)
+        return losses.mean(), {"loss_bins": by_level(losses.detach(), t)}
+    return draw, loss_of
+
+
+def validation_batch(cfg, held_out, bundle, in_channels):
+    """(latents, context, pooled) of at most 512 samples."""
+    n = min(512, count(held_out))
+    batch = next(conditioned_batches(held_out, bundle, replace(cfg, workers=0, batch_size=n, chunk=n)))
+    if batch[0].shape[1] != in_channels:
+        raise ValueError(f"{cfg.data} has {batch[0].shape[1]} channels of latents a sample; --stage {cfg.stage} takes {in_channels}, of {2 if cfg.stage == 'edit' else 1} picture(s)")
+    return batch
+
+
+def in_parts(cfg, model, form, source):
+    """The network as `evaluate.validation_loss` calls it, which sees the batch in parts, so that validation takes no more memory than training."""
+    few = cfg.batch_size // (distributed.world() * cfg.grad_accum)
+
+    def out(z, t, *text):
+        parts = ([x.to(cfg.device) for x in part] for part in zip(*(x.split(few) for x in (z, t, source, *text))))
+        return torch.cat([model(torch.cat([form.input(z, t), source], 1), t, *c).cpu() for z, t, source, *c in parts])
+    return out
+
+
+def samples(bundle, prompts, shown):
+    """A picture of each prompt, or each of the pictures `shown` beside its edit."""
+    if shown is None:
+        return generate(bundle, prompts)
+    return torch.stack([to_uint8(shown), generate(bundle, prompts, width=shown.shape[3], height=shown.shape[2], edit=shown)], 1).flatten(0, 1)
 
 
 def by_level(losses, t, bins=8):

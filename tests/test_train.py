@@ -318,7 +318,7 @@ def test_by_level():
 
 
 def test_mean_of_rows():
-    assert train.mean_of([{"a": 1.0, "b": [1.0, None, None]}, {"a": 2.0, "b": [3.0, 5.0, None]}]) == {"a": 1.5, "b": [2.0, 5.0, None]}
+    assert runs.mean_of([{"a": 1.0, "b": [1.0, None, None]}, {"a": 2.0, "b": [3.0, 5.0, None]}]) == {"a": 1.5, "b": [2.0, 5.0, None]}
 
 
 def fitted(folder, steps, record=None, validate=lambda module, step: {}, **settings):
