@@ -52,6 +52,7 @@ class SampleConfig:
     device: str = flag("cpu", "cpu, cuda, cuda:1, mps", "machine")
     dtype: str = flag("fp32", "precision of the MM-DiT and the text encoders (T5 never in fp16, which it overflows)", "machine", choices=("fp32", "bf16", "fp16"))
     offload: bool = flag(False, "load each part only while it is needed: less memory, slower", "machine")
+    tiled: bool = flag(False, "the autoencoder works in bands of rows: the same picture, a third of its memory, slower", "machine")
 
 
 if __name__ == "__main__":
@@ -93,7 +94,8 @@ def check_size(width, height):
             raise ValueError(f"{name} is {side} pixels; it must be a multiple of 16 between 16 and {MAX_SIDE}")
 
 
-def check_init(init, mask, strength, width, height):
+def check_start(n, init, mask, strength, edit, width, height):
+    """Refuses pictures to start from, masks and pictures to edit that do not suit n pictures of this size."""
     if not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}, it must be above 0 and at most 1")
     if mask is not None and init is None:
@@ -101,6 +103,8 @@ def check_init(init, mask, strength, width, height):
     for what, side, wanted in (("picture to start from", init, (3, height, width)), ("mask", mask, (height, width))):
         if side is not None and side.shape != wanted:
             raise ValueError(f"the {what} is {tuple(side.shape)}, it must be {wanted} to draw {width} x {height} pixels")
+    if edit is not None and edit.shape != (n, 3, height, width):
+        raise ValueError(f"the pictures to edit are {tuple(edit.shape)}, they must be {(n, 3, height, width)} for {n} prompts and {width} x {height} pixels")
 
 
 def check_device(name):
@@ -184,22 +188,32 @@ def time_grid(form, schedule, steps, shift, t_last):
     return timesteps_log_snr(steps, form, shift)
 
 
+def coder(bundle, tiled):
+    """(images -> latents, latents -> images); the autoencoder is loaded at the first call."""
+    def encode(images):
+        images = images.to(bundle.device)
+        return bundle.vae.encode_tiled(images) if tiled else bundle.vae.to_latents(images, sample=False)
+
+    def decode(z):
+        return bundle.vae.decode_tiled(z) if tiled else bundle.vae.decode(z)
+    return encode, decode
+
+
 @torch.inference_mode()
 def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, sampler="", seed=0, width=None, height=None,
-             encoders=("clip_l", "clip_g", "t5"), callback=None, init=None, strength=0.6, mask=None, edit=None, image_cfg=-1.0, t_last=-1.0):
+             encoders=("clip_l", "clip_g", "t5"), callback=None, init=None, strength=0.6, mask=None, edit=None, image_cfg=-1.0, t_last=-1.0, tiled=False):
     """One picture a prompt: uint8 (B, H, W, 3) on the CPU. What is None, 0, -1 or empty is as the bundle's config says; a side of 0 is refused.
 
     Picture i starts from noise of seed + i, so it does not depend on the others. `callback(i, t, images)` is given the data
     estimate, decoded, before each step; it costs a decoding each time. init, an image (3, H, W) in [-1, 1], is the picture to start from: noised to
     t = strength, and redrawn from there on. mask (H, W): 1 where that may be, 0 where every pixel stays. edit, images (B, 3, H, W) in [-1, 1]: the pictures
-    that the prompts, then instructions, are to change; cfg is the instructions' guidance, image_cfg the pictures'."""
+    that the prompts, then instructions, are to change; cfg is the instructions' guidance, image_cfg the pictures'. tiled: the autoencoder works in
+    bands, to the same pictures in less memory."""
     config = bundle.config
     steps, cfg, shift, sampler, image_cfg, t_last = settled(config, steps, cfg, shift, sampler, image_cfg, t_last)
     width, height = (config["resolution"] if side is None else side for side in (width, height))
     check_size(width, height)
-    check_init(init, mask, strength, width, height)
-    if edit is not None and edit.shape != (len(prompts), 3, height, width):
-        raise ValueError(f"the pictures to edit are {tuple(edit.shape)}, they must be {(len(prompts), 3, height, width)} for {len(prompts)} prompts and {width} x {height} pixels")
+    check_start(len(prompts), init, mask, strength, edit, width, height)
     if abs(seed) > 2 ** 62:
         raise ValueError(f"seed is {seed}; at most 2^62 is taken")
 
@@ -207,25 +221,26 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
         t_last = 0.0                              # begun below it, the grid would have no step
     form = formulation(config["formulation"])
     ts = time_grid(form, config.get("schedule", "uniform"), steps, shift, t_last)
-    source = None if edit is None else bundle.vae.to_latents(edit.to(bundle.device), sample=False)
+    encode, decode = coder(bundle, tiled)
+    source = None if edit is None else encode(edit)
     velocity = guided_velocity(bundle, prompts, cfg, negative_prompt, encoders, ts, source, image_cfg)   # first: an encoder may be let go before the MM-DiT is loaded
     noise = initial_noise(bundle, len(prompts), seed, width, height)
     z = form.start(noise)
     if init is not None:
-        x0 = bundle.vae.to_latents(init[None].to(noise.device), sample=False)
+        x0 = encode(init[None])
         z, ts = start_from(x0, noise, ts, strength, form)
         if len(ts) < 2:
             raise ValueError(f"a strength of {strength} leaves none of {steps} steps: take more steps or a higher strength")
         if mask is not None:
             velocity = keeping(velocity, x0, noise, F.max_pool2d(mask[None, None].to(noise), bundle.vae.factor), form)
-    preview = callback and (lambda i, t, z, v: callback(i, float(t), to_uint8(bundle.vae.decode(parts(v, z, t, form)[0]))))
+    preview = callback and (lambda i, t, z, v: callback(i, float(t), to_uint8(decode(parts(v, z, t, form)[0]))))
     options = {"path": form, "generator": torch.Generator().manual_seed(seed)}  # for the samplers that take them
     options = {k: v for k, v in options.items() if k in inspect.signature(SAMPLERS[sampler]).parameters}
     z = SAMPLERS[sampler](velocity, z, ts.to(z.device), callback=preview, **options)
     bundle.release("mmdit")
     if not z.isfinite().all():
         raise ValueError(f"the sampler left finite numbers (guidance {cfg}, shift {shift}): no picture is written")
-    images = bundle.vae.decode(z)
+    images = decode(z)
     bundle.release("vae")
     if mask is not None:
         images = torch.where(mask.to(images.device) > 0, images, init.to(images.device))
@@ -337,7 +352,7 @@ def main():
             bar.update()
         images = generate(bundle, wanted, cfg.negative_prompt, cfg.steps, cfg.cfg, cfg.shift, cfg.sampler, cfg.seed,
                           encoders=tuple(filter(None, cfg.encoders.split(","))), callback=preview if cfg.trajectory else None, strength=cfg.strength,
-                          image_cfg=cfg.image_cfg, t_last=cfg.t_last, **start)
+                          image_cfg=cfg.image_cfg, t_last=cfg.t_last, tiled=cfg.tiled, **start)
     picture = grid(images)
     larger = (picture.width * cfg.zoom, picture.height * cfg.zoom)
     used = {name: bundle.config[name] for name in ("steps", "cfg", "shift", "t_last", "sampler") if name in bundle.config and getattr(cfg, name) == getattr(SampleConfig, name)}

@@ -111,6 +111,16 @@ def test_every_sampler_is_deterministic_and_knows_its_path(bundle, sampler, monk
         assert (generate(bundle, [A], steps=400, sampler=sampler).float() - fine.float()).abs().mean() < 2
 
 
+def test_tiled_is_the_same_picture(bundle, monkeypatch):
+    init = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for given in ({}, {"init": init}):
+        whole = generate(bundle, [A], **given)
+        with monkeypatch.context() as patch:
+            for name in ("decode", "to_latents"):
+                patch.setattr(bundle.vae, name, None)
+            assert differ(generate(bundle, [A], tiled=True, **given), whole) <= 1
+
+
 def test_callback_sees_the_data_estimate_at_every_step(bundle):
     seen = []
     image = generate(bundle, [A, B], steps=4, callback=lambda i, t, images: seen.append((i, t, images)))
