@@ -332,10 +332,10 @@ class Edits(Couples):
 class ImageNet(Folder):
     """Class folders `n01440764/*.JPEG` in DIR/train and DIR/val, or in DIR alone; DIR holds the synset mapping, lines `n01440764 tench, Tinca tinca`."""
 
+    options = "buckets", "upscale"
+
     def find(self, root, split, filter):
         """(path, number of the class) of the split."""
-        if filter:
-            raise ValueError("imagenet has no metadata for --filter")
         mapping = next(iter(sorted(root.glob("*synset*.txt"))), None)
         if mapping is None:
             raise ValueError(f"{root} holds no synset mapping (LOC_synset_mapping.txt: lines `n01440764 tench, Tinca tinca`)")

@@ -32,9 +32,10 @@ def processes(device, sharding):
     if started and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {device!r} cannot be used: torch sees no GPU")
-        torch.cuda.set_device(device)
+        number = torch.device(device).index or 0
+        if number >= torch.cuda.device_count():
+            raise ValueError(f"device {device!r} cannot be used: torch sees {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(number)
     alone = {} if started else dict(rank=0, world_size=1, store=dist.HashStore())
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2), **alone)  # the others wait while rank 0 evaluates
     try:

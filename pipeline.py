@@ -307,8 +307,8 @@ def check_fingerprint(latents, *arguments):
     """Refuses latents that other frozen parts made than those that `fingerprint` finds."""
     own, made_by = fingerprint(*arguments), latents.about["fingerprint"]
     if other := sorted(part for part in own if own[part] != made_by.get(part)):
-        raise ValueError(f"{latents.folder} was made by other frozen parts than this run's (another {', '.join(other)}): train with --weights and --out of "
-                         "the bundle that made it, or precompute it again")
+        raise ValueError(f"{latents.folder} was made by other frozen parts than this run's (another {', '.join(other)}): train with "
+                         "those that made it, or precompute it again")
 
 
 def read_sample(dataset, item, rng):

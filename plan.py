@@ -142,7 +142,5 @@ def beside(cfg, config, tokens, part_files):
 def machine_memory(cfg):
     """Bytes that each process may have here: the GPU's, or its share of the machine's."""
     if cfg.device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ValueError("--plan for cuda where no GPU is: say what one has by --memory GB, and --peak TFLOP/s")
         return torch.cuda.get_device_properties(cfg.device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / cfg.processes

@@ -1,4 +1,4 @@
-"""The files of a training run: metrics.jsonl and its plots, and the checkpoints to resume from."""
+"""The files of a training run: metrics.jsonl and its plots, the checkpoints to resume from, and what the lines of the log measure."""
 
 import contextlib
 import json
@@ -40,6 +40,8 @@ class Run:
     def refuse_to_overwrite(self):
         if not self.cfg.resume and (self.checkpoints() or self.done()):
             raise ValueError(f"{self.folder} holds a run of stage {self.cfg.stage}: --resume goes on with it, another --out starts afresh")
+        if not self.done() and max(self.checkpoints(), default=0) > self.cfg.steps:
+            raise ValueError(f"--steps is {self.cfg.steps}, {self.latest()} is further")
 
     def start(self, step):
         """At `step`: forgets what a killed run wrote after its last checkpoint."""

@@ -34,7 +34,7 @@ class SampleConfig:
     lora: tuple = flag((), "a LoRA in diffusers' layout, FILE or FILE:SCALE", "weights")
     steps: int = flag(0, "steps of the sampler; 0: the bundle's", "sampling")
     cfg: float = flag(-1.0, "guidance scale, 1 is none; -1: the bundle's", "sampling")
-    shift: float = flag(0.0, "timestep shift alpha of Eq. 23; 0: the bundle's", "sampling")
+    shift: float = flag(0.0, "timestep shift alpha of Eq. 23, of t or, on curved paths, of the share of the log-SNR range that is left; 0: the bundle's", "sampling")
     t_last: float = flag(-1.0, "noise level from which the last step goes to the picture at once; -1: the bundle's", "sampling")
     sampler: str = flag("", "ODE solver; empty: the bundle's (euler, heun, ...)", "sampling")
     seed: int = flag(0, "picture i is drawn from noise of seed + i", "sampling")

@@ -61,7 +61,7 @@ class TrainConfig:
     clip_length: int = flag(16, "tokens a prompt for the CLIPs", "model")
     t5_length: int = flag(24, "tokens a prompt for T5", "model")
     formulation: str = flag("rf/lognorm(0.00,1.00)", "path, prediction and density of t (flow.py)", "flow")
-    shift: float = flag(0.0, "timestep shift alpha (Eq. 23), in training and sampling; 0: 3, on curved paths 1, or for finetune and edit the start's times sqrt(m / n) for m pixels after n", "flow")
+    shift: float = flag(0.0, "timestep shift alpha (Eq. 23), in training and sampling; 0: 3, or for finetune and edit the start's times sqrt(m / n) for m pixels after n; on curved paths 1", "flow")
     text_dropout: float = flag(0.464, "probability with which each text encoder is left out (App. B.3)", "flow")
     image_dropout: float = flag(0.1, "of stage edit: probability with which the picture to edit is left out", "flow")
     cfg: float = flag(0.0, "guidance scale of the sample grids, and the bundle's default; 0: 4, of shapes 2.5", "flow")
@@ -209,7 +209,7 @@ def timed(batches):
 
 
 def averaged_copy(module, cfg):
-    """It shares the weights that are not trained."""
+    """Of the module, for the averaged weights, in eval mode. Those not trained are shared; with FSDP it has storage on rank 0 alone."""
     averaged = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad}).eval().requires_grad_(False)
     return averaged.to("meta") if cfg.sharding == "fsdp" and distributed.rank() else averaged
 
@@ -229,8 +229,6 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
     averages = [p.detach().clone() for p in trained] if cfg.sharding == "fsdp" else copies
     optimizers = make_optimizers(module, cfg, precision(cfg))
     step, bad = run.load(module, averaged, averages, optimizers)
-    if step > cfg.steps:
-        raise ValueError(f"--steps is {cfg.steps}, {run.latest()} is further")
     run.start(step)
 
     def evaluated():
@@ -465,12 +463,12 @@ OF_THE_MMDIT, FROM_A_MODEL = ("pretrain", "finetune", "edit"), ("finetune", "edi
 
 
 def inherited(cfg):
-    """What finetune and edit take from --init-from: the architecture, the frozen parts, the path; its positions, interpolated, and its timestep shift, times Eq. 23's alpha, for the new resolution."""
+    """What finetune and edit take from --init-from: architecture, frozen parts, path; for the new resolution its positions, interpolated, and its shift, on straight paths times Eq. 23's alpha."""
     if not cfg.init_from:
         raise ValueError(f"--stage {cfg.stage} needs --init-from RUN, the bundle whose MM-DiT it goes on from")
     if Path(cfg.init_from).resolve() == Path(cfg.out).resolve():
         raise ValueError(f"--out {cfg.out} is --init-from, which would be overwritten")
-    if cfg.weights not in (cfg.init_from, TrainConfig.weights):
+    if Path(cfg.weights).resolve() not in (Path(cfg.init_from).resolve(), Path(TrainConfig.weights).resolve()):
         raise ValueError(f"--weights is {cfg.weights}: --stage {cfg.stage} takes the frozen parts of --init-from")
     bundle = checkpoint.load_bundle(cfg.init_from)
     model = bundle.part("mmdit").config
@@ -480,7 +478,8 @@ def inherited(cfg):
         if getattr(cfg, name) not in (value, getattr(TrainConfig, name)):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, that of {cfg.init_from} is {value}: --stage {cfg.stage} cannot change it")
     base = cfg.base_resolution or 16 * max(model.get("base_size", 64) * cfg.resolution // start["resolution"], 1)
-    return replace(cfg, weights=cfg.init_from, base_resolution=base, shift=cfg.shift or start["shift"] * shift_alpha(cfg.resolution ** 2, start["resolution"] ** 2), **taken)
+    alpha = shift_alpha(cfg.resolution ** 2, start["resolution"] ** 2) if straight(start["formulation"]) else 1.0
+    return replace(cfg, weights=cfg.init_from, base_resolution=base, shift=cfg.shift or start["shift"] * alpha, **taken)
 
 
 def start_config(cfg):
@@ -536,6 +535,8 @@ def planned(cfg):
         raise ValueError(f"--plan is of the MM-DiT's training, --stage pretrain or all, not {cfg.stage}")
     run = with_defaults(cfg, "pretrain")
     check(run, cfg.processes)
+    if cfg.device.startswith("cuda") and not (cfg.peak and cfg.memory) and not torch.cuda.is_available():
+        raise ValueError("--plan for cuda where no GPU is: say what one has by --memory GB, and --peak TFLOP/s")
     if not cfg.peak:
         check_device(cfg.device)
     parts = {name: Path(cfg.out if (Path(cfg.out) / f"{name}.json").exists() else cfg.weights) / f"{name}.pt" for name in ("vae", "clip_l", "clip_g", "t5") if cfg.stage == "pretrain"}
@@ -545,7 +546,7 @@ def planned(cfg):
 
 
 def sampling_settings(cfg):
-    """How the run's MM-DiT is sampled from: what the bundle's config.json records, as it may be edited there."""
+    """How the run's MM-DiT is sampled from: what the bundle's config.json records."""
     if cfg.stage == "finetune":
         start = checkpoint.read_object(Path(cfg.init_from) / "config.json")
         return {name: start[name] for name in ("steps", "sampler", "t_last", "schedule") if name in start}
@@ -558,7 +559,7 @@ def sampling_settings(cfg):
 
 
 def straight(name):
-    """Whether a formulation's path is Eq. 13's, which takes Eq. 23's shift and even steps in t."""
+    """Whether a formulation's path is Eq. 13's: Eq. 23's shift is of that, and so are even steps in t."""
     return isinstance(formulation(name).path, RectifiedFlow)
 
 
@@ -598,7 +599,7 @@ def train_mmdit(cfg):
         alpha = cfg.shift if cfg.stage in FROM_A_MODEL else 1.0
         levels = evaluate.validation_loss(in_parts(cfg, model, form, latents[:, channels:]), form, latents[:, :channels], *text, alpha=alpha)
         bundle.mmdit = model
-        save_png(grid(samples(bundle, prompts, shown)), Path(cfg.out) / f"grid-{step:07}.png", {"step": step, "prompts": "\n".join(prompts)})
+        save_png(grid(drawn(bundle, prompts, shown)), Path(cfg.out) / f"grid-{step:07}.png", {"step": step, "prompts": "\n".join(prompts)})
         checkpoint.save_part(cfg.out, "mmdit", model, model_config)
         scores = (evaluate.edits if cfg.stage == "edit" else evaluate.geneval)(bundle, 10)[0] if cfg.data.startswith("shapes") else {}
         return {"val_loss": float(np.mean(levels[:-1])), "val_levels": levels, **scores}
@@ -649,7 +650,7 @@ def in_parts(cfg, model, form, source):
     return out
 
 
-def samples(bundle, prompts, shown):
+def drawn(bundle, prompts, shown):
     """A picture of each prompt, or each of the pictures `shown` beside its edit."""
     if shown is None:
         return generate(bundle, prompts)

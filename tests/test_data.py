@@ -249,7 +249,7 @@ def test_edits_in_a_folder_or_in_lines(triples):
     lines = [json.dumps({"instruction": f"make it {i}", "edited": f"{i}.edited.png", "image": f"{i}.image.png"}) for i in range(3)]
     (triples / "list.jsonl").write_text("\n".join(lines))
     listed = open_data(f"edits:{triples}/list.jsonl", 32, 32)
-    with pytest.raises(ValueError, match="--filter is for folder, imagenet, tar alone, not for edits"):
+    with pytest.raises(ValueError, match="--filter is for folder, tar alone, not for edits"):
         open_data(f"edits:{triples}", 32, 32, filter="aesthetic>5")
     assert [listed.captions(i) for i in range(3)] == [folder.captions(i) for i in range(3)] and all((listed[i].image == folder[i].image).all() for i in range(3))
     bucketed = open_data(f"edits:{triples}", 64, 64, buckets=True, upscale=True)
