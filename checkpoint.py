@@ -484,7 +484,7 @@ def laid_out(part, layout):
     for key in ours.keys() - {"base_size", "attention", "clip_length"}:  # which only make what is stored, choose a kernel, or matter to three sets of weights
         if isinstance(ours[key], list) and key in told or ours[key] != back[key] and key not in told:
             raise ValueError(f"the layout has no place for {part.name}'s {key} = {ours[key]}; a reader would take it for {back[key]}")
-    return {name: tensor for key, value in part.items() for name, tensor in zip(layout.names(key), layout.split(key, value))}
+    return layout.laid_out(part.items())
 
 
 def export_stability(bundle, path):

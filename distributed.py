@@ -20,22 +20,21 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
 from optim import whole
+from sample import check_device
 
 
 @contextlib.contextmanager
 def processes(device, sharding):
     """Joins the processes that torchrun started, if it did; yields this one's device. FSDP makes a group of one process, too."""
     started = "RANK" in os.environ and "LOCAL_RANK" in os.environ
+    if started and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    check_device(device)
     if not started and sharding != "fsdp":
         yield device
         return
-    if started and device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device.startswith("cuda"):
-        number = torch.device(device).index or 0
-        if number >= torch.cuda.device_count():
-            raise ValueError(f"device {device!r} cannot be used: torch sees {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(number)
+        torch.cuda.set_device(torch.device(device).index or 0)
     alone = {} if started else dict(rank=0, world_size=1, store=dist.HashStore())
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2), **alone)  # the others wait while rank 0 evaluates
     try:

@@ -240,7 +240,6 @@ def check(cfg):
     for name, value in checkpoint.read_object(before).items() if cfg.resume and before.exists() else ():
         if name in ("weights", "pairs", "rank", "alpha") and value != getattr(cfg, name):
             raise ValueError(f"{cfg.out} was begun with --{name} {value}, not {getattr(cfg, name)}")
-    check_device(cfg.device)
     train.check(cfg, distributed.world())
 
 
@@ -249,7 +248,7 @@ def run_dpo(cfg):
     cfg = replace(cfg, data="shapes" if is_shapes(config) else "", **{name: config[name] for name in ("resolution", "clip_length", "t5_length")})
     check(cfg)
     run = Run(cfg)
-    run.refuse_to_overwrite()
+    run.check_folder()
     train.carry_out([run], {"dpo": align})
 
 

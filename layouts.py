@@ -39,6 +39,10 @@ class Layout:
         """The inverse of `split`."""
         return tensors[0]
 
+    def laid_out(self, weights):
+        """(our name, tensor) pairs -> {the file's name: tensor}."""
+        return {name: part for key, tensor in weights for name, part in zip(self.names(key), self.split(key, tensor))}
+
 
 class DiffusersLayout(Layout):
     """`size`: blocks of the MM-DiT, levels of the autoencoder."""

@@ -37,10 +37,12 @@ class Run:
     def latest(self):
         return next(reversed(self.checkpoints().values()), None)
 
-    def refuse_to_overwrite(self):
-        if not self.cfg.resume and (self.checkpoints() or self.done()):
+    def check_folder(self):
+        """Refuses to overwrite a run, and to resume one that is further than --steps."""
+        done, made = self.done(), max(self.checkpoints(), default=0)
+        if not self.cfg.resume and (made or done):
             raise ValueError(f"{self.folder} holds a run of stage {self.cfg.stage}: --resume goes on with it, another --out starts afresh")
-        if not self.done() and max(self.checkpoints(), default=0) > self.cfg.steps:
+        if made > self.cfg.steps and not done:
             raise ValueError(f"--steps is {self.cfg.steps}, {self.latest()} is further")
 
     def start(self, step):

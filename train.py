@@ -726,9 +726,8 @@ def train(cfg):
     for stage in FROM_NOTHING if cfg.stage == "all" else [cfg.stage]:
         own = with_defaults(cfg, stage)
         runs.append(Run(inherited(own) if stage in FROM_A_MODEL else own))
-        check_device(cfg.device)
         check(runs[-1].cfg, distributed.world())
-        runs[-1].refuse_to_overwrite()
+        runs[-1].check_folder()
     carry_out(runs, TRAIN)
 
 

@@ -72,7 +72,7 @@ def randomized(module, seed=0):
 
 def given(peer, ours, layout):
     """The peer with our weights, under the names of its layout."""
-    state = {name: part.contiguous() for key, value in ours.state_dict().items() for name, part in zip(layout.names(key), layout.split(key, value))}
+    state = layout.laid_out(ours.state_dict().items())
     if "encoder.embed_tokens.weight" in peer.state_dict():  # of a T5 of transformers, which names its table twice
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
     peer.load_state_dict(state, strict=True)

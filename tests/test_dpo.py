@@ -100,11 +100,11 @@ def test_a_saved_lora_applied_is_the_adapted_model(tmp_path, scale):
 def test_the_file_is_what_diffusers_understands(tmp_path):
     """Every layer is a linear of diffusers' model, and B A added to its weight there gives the adapted model's output."""
     diffusers = pytest.importorskip("diffusers")
-    model, layout = adapted(), DiffusersLayout("mmdit", 2)
+    model = adapted()
     peer = diffusers.SD3Transformer2DModel(in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=128,
                                            pooled_projection_dim=20, pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,)).eval()
     plain = mmdit().state_dict()
-    peer.load_state_dict({name: tensor for key, value in plain.items() for name, tensor in zip(layout.names(key), layout.split(key, value))})
+    peer.load_state_dict(DiffusersLayout("mmdit", 2).laid_out(plain.items()))
     dpo.save_lora(tmp_path / "x.safetensors", model)
     tensors = checkpoint.read_safetensors(tmp_path / "x.safetensors")[0]
     linears = {name: module for name, module in peer.named_modules() if isinstance(module, nn.Linear)}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mmdit
+from layouts import DiffusersLayout
 from mmdit import MMDiT, embed_positions, embed_timestep, fused_attention
 
 torch.set_num_threads(1)
@@ -30,34 +31,6 @@ def inputs(model=SMALL, h=8, w=12, batch=2, tokens=5, seed=1):
 
 # ---------------------------------------------------------------- parity with diffusers
 
-def to_diffusers(state, depth):
-    """Stability's names and layouts -> diffusers'. Traps: QKV apart, the halves (shift, scale) of two norms swapped, the first layer's convolution under `pos_embed`."""
-    rename = {'x_embedder.proj': 'pos_embed.proj', 't_embedder.mlp.0': 'time_text_embed.timestep_embedder.linear_1', 't_embedder.mlp.2': 'time_text_embed.timestep_embedder.linear_2',
-              'y_embedder.mlp.0': 'time_text_embed.text_embedder.linear_1', 'y_embedder.mlp.2': 'time_text_embed.text_embedder.linear_2',
-              'joint_blocks': 'transformer_blocks', 'final_layer.adaLN_modulation.1': 'norm_out.linear', 'final_layer.linear': 'proj_out',
-              'x_block.adaLN_modulation.1': 'norm1.linear', 'context_block.adaLN_modulation.1': 'norm1_context.linear',
-              'x_block.mlp.fc1': 'ff.net.0.proj', 'x_block.mlp.fc2': 'ff.net.2', 'context_block.mlp.fc1': 'ff_context.net.0.proj', 'context_block.mlp.fc2': 'ff_context.net.2',
-              'x_block.attn2.proj': 'attn2.to_out.0', 'x_block.attn2.ln_': 'attn2.norm_', 'x_block.attn2': 'attn2',
-              'x_block.attn.proj': 'attn.to_out.0', 'context_block.attn.proj': 'attn.to_add_out',
-              'x_block.attn.ln_': 'attn.norm_', 'context_block.attn.ln_': 'attn.norm_added_'}
-    out = {'pos_embed.pos_embed': state['pos_embed']}
-    for key, value in state.items():
-        if key == 'pos_embed':
-            continue
-        if key.startswith(('final_layer.adaLN', f'joint_blocks.{depth - 1}.context_block.adaLN')):
-            value = torch.cat(value.chunk(2)[::-1])
-        new = key
-        for a, b in rename.items():
-            new = new.replace(a, b)
-        if 'qkv' in key:
-            names = ('add_q_proj', 'add_k_proj', 'add_v_proj') if 'context_block' in key else ('to_q', 'to_k', 'to_v')
-            for name, part in zip(names, value.chunk(3)):
-                out[new.replace('context_block.attn', 'attn').replace('x_block.attn', 'attn').replace('qkv', name)] = part
-        else:
-            out[new] = value
-    return out
-
-
 def diffusers_model(depth=2, qk_norm=True, dual_attention_blocks=(), in_channels=4, context_dim=48, pooled_dim=24, pos_embed_max_size=12, **_):
     diffusers = pytest.importorskip('diffusers')
     return diffusers.SD3Transformer2DModel(
@@ -70,7 +43,7 @@ def test_parity_with_diffusers(options):
     options = SMALL | options
     model = randomized(MMDiT(**options)).eval()
     peer = diffusers_model(**options)
-    peer.load_state_dict(to_diffusers(model.state_dict(), options['depth']), strict=True)
+    peer.load_state_dict(DiffusersLayout('mmdit', options['depth']).laid_out(model.state_dict().items()), strict=True)
     latents, t, context, pooled = inputs()
     with torch.no_grad():
         ours, theirs = model(latents, t, context, pooled), peer(latents, context, pooled, 1000 * t).sample
@@ -91,7 +64,7 @@ def test_released_sizes(preset):
         peer = diffusers_model(**dict(in_channels=16, context_dim=4096, pooled_dim=2048, pos_embed_max_size=192) | options)
     assert sum(p.numel() for p in model.parameters()) == count
     theirs = {k: v.shape for k, v in peer.state_dict().items()}
-    assert {k: v.shape for k, v in to_diffusers(model.state_dict(), options['depth']).items()} == theirs
+    assert {k: v.shape for k, v in DiffusersLayout('mmdit', options['depth']).laid_out(model.state_dict().items()).items()} == theirs
 
 
 # ---------------------------------------------------------------- positions and time

@@ -483,11 +483,8 @@ def test_one_block_at_the_real_size(depth, dual):
     width, qk_norm = 64 * depth, dual or depth == 38
     block = JointBlock({"context_block": Stream(width, qk_norm), "x_block": Stream(width, qk_norm, dual=dual)}, attention).eval()
     theirs = JointTransformerBlock(width, depth, 64, qk_norm="rms_norm" if qk_norm else None, use_dual_attention=dual).eval()
-    layout, state = layouts.DiffusersLayout("mmdit", 99), {}
-    for key, value in block.state_dict().items():
-        prefix = "joint_blocks.0."
-        state |= {name.removeprefix("transformer_blocks.0."): tensor for name, tensor in zip(layout.names(prefix + key), layout.split(prefix + key, value))}
-    theirs.load_state_dict(state, strict=True)
+    state = layouts.DiffusersLayout("mmdit", 99).laid_out(("joint_blocks.0." + key, value) for key, value in block.state_dict().items())
+    theirs.load_state_dict({name.removeprefix("transformer_blocks.0."): tensor for name, tensor in state.items()}, strict=True)
     x, text, c = torch.randn(2, 6 * 5, width), torch.randn(2, 77 + 77, width), torch.randn(2, width)
     with torch.no_grad():
         ms = [stream.adaLN_modulation(torch.nn.functional.silu(c)) for stream in block.values()]
