@@ -77,7 +77,8 @@ class Shapes(Dataset):
         self.kinds = SIGNS if level == "signs" else KINDS
         self.seed = seed, ("train", "val", "unseen").index(split)
         self.sizes = [size for size in bucket_sizes(width) if max(size) <= 2 * min(size)] if buckets else [(width, height)]      # 1:2 to 2:1; a scene has room for its things
-        self.sizes += [(keep_resolution, keep_resolution)] * (len(self.sizes) // 2 or 1) if keep_resolution else []
+        if keep_resolution:
+            self.sizes = self.sizes * 2 + [(keep_resolution, keep_resolution)] * len(self.sizes)
 
     def __len__(self):
         return 2 ** 31
@@ -543,7 +544,7 @@ COUPLES = "shape-edits[:LEVEL], edits:DIR|FILE.jsonl, pairs:DIR|FILE.jsonl"
 
 def open_data(spec, width=64, height=64, split="train", seed=0, **options):
     """The data set of a SPEC. `split` is train or val (shapes also: unseen); options: filter, buckets, upscale, where the pictures have many sizes; of shapes, buckets
-    and keep_resolution, the side of squares that are about a third of the samples."""
+    and keep_resolution, the side of squares that are a third of the samples."""
     name, _, argument = spec.partition(":")
     if name not in SOURCES:
         raise ValueError(f"unknown data {spec!r}; known: {SPECS}, {COUPLES}")

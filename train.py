@@ -69,7 +69,7 @@ class TrainConfig:
     filter: str = flag("", "which pictures, by columns of the metadata: \"aesthetic>5 and nsfw<0.2\"", "data")
     buckets: bool = flag(False, "keep aspect ratios: batches of sizes of about resolution^2 pixels (Sec. 5.3.2); for the MM-DiT", "data")
     upscale: bool = flag(False, "with buckets: take pictures smaller than their bucket too", "data")
-    keep_resolution: int = flag(0, "of shapes, with buckets: about a third of the batches are squares of this side, so that finetuning does not forget them; 0: none", "data", unit="pixels")
+    keep_resolution: int = flag(0, "of shapes: a third of the batches are squares of this side, so that finetuning does not forget them; 0: none", "data", unit="pixels")
     synthetic_share: float = flag(0.5, "share of synthetic captions, where there are two (Sec. 5.2.2)", "data")
     chunk: int = flag(16384, "samples that the frozen parts encode at once", "data")
     reuse: int = flag(6, "times an encoded sample is seen before fresh ones are encoded", "data")

@@ -226,7 +226,8 @@ def test_shapes_of_mixed_aspect_ratios():
             assert world[item].image.shape == (*world.sizes[k][::-1], 3)
         assert {world.level(item) for item in group[:4]} == {*LEVELS}
     kept = open_data("shapes:signs", 128, 128, buckets=True, keep_resolution=64)
-    assert kept.sizes == [*world.sizes, (64, 64), (64, 64)] and len(kept.groups) == 7 and kept[kept.groups[6][3]].image.shape == (64, 64, 3)
+    assert kept.sizes == [*world.sizes, *world.sizes, *[(64, 64)] * 5] and len(kept.groups) == 15 and kept[kept.groups[14][3]].image.shape == (64, 64, 3)
+    assert open_data("shapes", 128, 128, keep_resolution=64).sizes == [(128, 128), (128, 128), (64, 64)]
     with pytest.raises(ValueError, match="--keep-resolution is for shapes, shape-edits alone, not for folder"):
         open_data("folder:absent", keep_resolution=64)
 
