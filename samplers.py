@@ -12,24 +12,12 @@ from itertools import pairwise
 
 import torch
 
+import flow
 
-class Straight:
-    """z_t = (1 - t) x_0 + t eps (Eq. 13)."""
-    def a(self, t): return 1 - t
-    def b(self, t): return t
-    def da(self, t): return -torch.ones_like(t)
-    def db(self, t): return torch.ones_like(t)
-
-
-STRAIGHT = Straight()
+STRAIGHT = flow.RectifiedFlow()
 
 
 # ---- time grids, (steps + 1,), from t_max down to t_min, both included -------------------------------------------------
-
-def shifted(u, alpha):
-    """Eq. 23."""
-    return alpha * u / (1 + (alpha - 1) * u)
-
 
 def timesteps(steps, shift=1.0, t_max=1.0, t_min=0.0, schedule="uniform", t_last=0.0):
     """A grid on [1, 0], shifted once (Eq. 23), then scaled to [t_max, t_min].
@@ -48,14 +36,14 @@ def timesteps(steps, shift=1.0, t_max=1.0, t_min=0.0, schedule="uniform", t_last
         return torch.cat([timesteps(steps - 1, shift, t_max, t_last, schedule), torch.tensor([t_min])])
     u = torch.linspace(1, 0, steps + 1)
     if schedule == "released":
-        u = torch.cat([torch.linspace(1, shifted(0.001, shift), steps), torch.zeros(1)])
+        u = torch.cat([torch.linspace(1, flow.shift(0.001, shift), steps), torch.zeros(1)])
     elif schedule == "logit-normal":
         u = torch.sigmoid(torch.special.ndtri(u))
     elif callable(schedule):
         u = schedule(u).sort(descending=True).values
     elif schedule != "uniform":
         raise ValueError(f"unknown schedule {schedule!r}; known are uniform, logit-normal, released, or a function")
-    t = t_min + (t_max - t_min) * shifted(u, shift)
+    t = t_min + (t_max - t_min) * flow.shift(u, shift)
     t[0], t[-1] = t_max, t_min                    # exactly, whatever float32 made of them
     return t
 
@@ -65,7 +53,7 @@ def timesteps_log_snr(steps, path, shift=1.0, limit=14.0):
 
     shift: of Eq. 23, on the share of that range that is left; above 1 more of the steps are near noise."""
     low, high = (torch.full((steps + 1,), t, dtype=torch.float64) for t in (path.t_min, path.t_max))
-    left = shifted(torch.linspace(1, 0, steps + 1).double(), shift)
+    left = flow.shift(torch.linspace(1, 0, steps + 1).double(), shift)
     goal = torch.lerp(*path.log_snr(torch.stack([low, high])).clamp(-limit, limit), left)
     for _ in range(150):                          # bisection, down to the smallest t that float32 holds
         t = (low + high) / 2
