@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from config import flag, one_line_errors, parse_config, subcommand
-from shapes import KINDS, LEVELS, SIGNS, article, cells, edited, original_caption, random_scene, render, synthetic_caption, twin
+from shapes import ASPECTS, KINDS, LEVELS, SIGNS, article, cells, edited, original_caption, random_scene, render, synthetic_caption, twin
 from shards import (PICTURE_ERRORS, bucket_sizes, cached_index, captions_of, check_columns, expand, index_shards, nearest_buckets, numbers, parse_filter,
                     read_at, read_header, read_index, reason, upright_size)
 
@@ -76,7 +76,7 @@ class Shapes(Dataset):
         self.levels, self.held_out = levels[level], None if level == "texts" else split == "unseen"
         self.kinds = SIGNS if level == "signs" else KINDS
         self.seed = seed, ("train", "val", "unseen").index(split)
-        self.sizes = [size for size in bucket_sizes(width) if max(size) <= 2 * min(size)] if buckets else [(width, height)]      # 1:2 to 2:1; a scene has room for its things
+        self.sizes = [(16 * round(width * columns / 64), 16 * round(width * rows / 64)) for columns, rows in ASPECTS] if buckets else [(width, height)]
         if keep_resolution:
             self.sizes = self.sizes * 2 + [(keep_resolution, keep_resolution)] * len(self.sizes)
 

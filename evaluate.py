@@ -115,7 +115,7 @@ def detect(image):
     shape '?' or color '?': a blob counts as an object, but never as the right one."""
     pixels = image.astype(float)
     ground = np.median(pixels.reshape(-1, 3), 0)
-    cell = min(image.shape[:2]) / 4
+    cell = shapes.cell_side(image.shape[1], image.shape[0])
     distance = np.sqrt(((pixels - ground) ** 2).sum(-1))
     around = np.lib.stride_tricks.sliding_window_view(np.pad(distance, 1), (3, 3)).max((2, 3))
     things = []

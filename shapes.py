@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 # ---------------------------------------------------------------------------------------------------------------
-# Scenes. Lengths are in cells; a cell is a quarter of the picture's shorter side.
+# Scenes. Lengths are in cells; a cell is a sixteenth of the picture, or nearly.
 
 COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (245, 215, 40),
           "orange": (245, 130, 30), "purple": (140, 60, 190), "pink": (245, 130, 190), "cyan": (40, 200, 220)}
@@ -52,10 +52,18 @@ class Scene:
     rows: int = 4
 
 
+ASPECTS = (3, 6), (3, 5), (4, 4), (5, 3), (6, 3)  # of about 16 whole cells, from 1:2 to 2:1
+
+
 def cells(width, height):
-    """(columns, rows) of a picture in pixels: 4 along the shorter side, more along the longer one."""
-    short = min(width, height)
-    return round(4 * width / short), round(4 * height / short)
+    """(columns, rows) of a picture in pixels, about 16 in all: things are as large at every aspect ratio."""
+    return max(1, round(4 * (width / height) ** 0.5)), max(1, round(4 * (height / width) ** 0.5))
+
+
+def cell_side(width, height):
+    """The side of a cell, in pixels."""
+    columns, rows = cells(width, height)
+    return min(width / columns, height / rows)
 
 
 def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False, kinds=KINDS):
@@ -77,7 +85,7 @@ def random_scene(rng, level="lattice", columns=4, rows=4, held_out=False, kinds=
     if kind == "group" and rng.random() < 0.5:  # half of the groups are of one size
         wanted = [Thing(t.color, 0, 0, t.shape, wanted[0].size) for t in wanted]
     if kind == "sign":
-        wanted = [Thing(attributes()[1], 0, 0, word=random_word(rng, held_out))] + wanted
+        wanted = [Thing(attributes()[1], 0, 0, word=random_word(rng, held_out, min(columns, 4)))] + wanted
     return Scene(list(BACKGROUNDS)[rng.integers(4)], place(rng, wanted, level, columns, rows), columns, rows)
 
 
@@ -85,12 +93,13 @@ def random_size(rng, level):
     return "medium" if level == "lattice" else ("small", "large")[rng.integers(2)]
 
 
-def random_word(rng, held_out=False):
-    """1 to 4 random letters, or one of the held-out words."""
+def random_word(rng, held_out=False, longest=4):
+    """1 to `longest` random letters, or one of the held-out words."""
     if held_out:
-        return HELD_OUT_WORDS[rng.integers(len(HELD_OUT_WORDS))]
+        words = [word for word in HELD_OUT_WORDS if len(word) <= longest]
+        return words[rng.integers(len(words))]
     while True:
-        word = "".join(LETTERS[k] for k in rng.integers(26, size=rng.integers(1, 5)))
+        word = "".join(LETTERS[k] for k in rng.integers(26, size=rng.integers(1, longest + 1)))
         if word not in HELD_OUT_WORDS:
             return word
 
@@ -292,7 +301,7 @@ def render(scene, width=64, height=64):
     """The scene as uint8 (height, width, 3), antialiased."""
     s = SUPERSAMPLING
     canvas = Image.new("RGB", (width * s, height * s), BACKGROUNDS[scene.background])
-    draw, cell = ImageDraw.Draw(canvas), min(width, height) * s / 4
+    draw, cell = ImageDraw.Draw(canvas), cell_side(width, height) * s
     for thing in scene.things:
         if thing.word:
             draw_sign(draw, thing, cell)
