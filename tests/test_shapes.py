@@ -10,7 +10,7 @@ import shapes
 from data import Shapes, open_data
 from shapes import BACKGROUNDS, COLORS, HELD_OUT_PAIRS, HELD_OUT_WORDS, LEVELS, SHAPES, Scene, Thing, relation, render
 
-SIZES = [(64, 64), (128, 64), (64, 96)]
+SIZES = [(64, 64), (128, 64), (64, 96), (48, 96)]
 
 
 def scenes(n, level="all", width=64, height=64, split="train", seed=0):
@@ -43,7 +43,7 @@ def extent(thing):
 @pytest.mark.parametrize("level", LEVELS)
 def test_things_lie_inside_the_picture_and_do_not_touch(level, width, height):
     for scene in scenes(300, level, width, height):
-        assert (scene.columns, scene.rows) == (4 * width // min(width, height), 4 * height // min(width, height))
+        assert (scene.columns, scene.rows) == {(64, 64): (4, 4), (128, 64): (6, 3), (64, 96): (3, 5), (48, 96): (3, 6)}[width, height]
         boxes = [extent(t) for t in scene.things]
         assert 1 <= len(boxes) <= 4
         for i, (left, top, right, bottom) in enumerate(boxes):
@@ -237,7 +237,7 @@ def test_edits_change_what_they_say_and_nothing_else():
     for i in range(300):
         before, kind, instruction, after = world.edit(i)
         kinds[kind] += 1
-        assert (before.background, before.columns, before.rows) == (after.background, after.columns, after.rows) == (before.background, 6, 4)
+        assert (before.background, before.columns, before.rows) == (after.background, after.columns, after.rows) == (before.background, 5, 3)
         kept = [t for t in before.things if t in after.things]
         gone, new = [t for t in before.things if t not in kept], [t for t in after.things if t not in kept]
         assert bool(gone) == (kind != "add") and bool(new) == (kind != "remove") and len({(t.shape, t.color, t.word) for t in gone or new}) == 1
