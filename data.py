@@ -158,6 +158,10 @@ class Pictures(Dataset):
         self.sizes, self.bucket = bucket_sizes(width) if buckets else [(width, height)], None
         self.seed, self.upscale, self.skipped = seed, upscale, {}
 
+    def in_buckets(self, sizes, readable):
+        """(n,) numbers of self.sizes of pictures of `sizes` (n, 2); -2 for those not `readable`."""
+        return np.where(readable, nearest_buckets(self.sizes, *sizes.T, self.upscale), -2)
+
     def arrange(self, bucket, part):
         """Trains on the range `part` of the items, in groups by bucket: (n,) numbers of self.sizes, or negative for an item that is left out."""
         self.bucket = bucket
@@ -189,7 +193,7 @@ class Folder(Pictures):
             raise ValueError(f"{folder} is no folder")
         self.items = self.find(Path(folder), split, filter)
         if buckets:
-            self.arrange(self.measured(), range(len(self.items)))
+            self.arrange(self.in_buckets(*self.measured()), range(len(self.items)))
 
     def find(self, root, split, filter):
         """Sorted (path, original, synthetic) of the split."""
@@ -226,7 +230,7 @@ class Folder(Pictures):
             return upright_size(image)
 
     def measured(self):
-        """The bucket of each picture: its header is read."""
+        """((n, 2) widths and heights, (n,) whether they could be read) of the pictures' headers."""
         sizes = np.ones((len(self.items), 2))
         readable = np.ones(len(self.items), bool)
         for i, (path, *_) in enumerate(tqdm(self.items, "sizes", unit="picture", delay=2)):
@@ -234,7 +238,7 @@ class Folder(Pictures):
                 sizes[i] = self.measure(path)
             except PICTURE_ERRORS as error:
                 self.skipped[path], readable[i] = reason(error), False
-        return np.where(readable, nearest_buckets(self.sizes, *sizes.T, self.upscale), -2)
+        return sizes, readable
 
     def __len__(self):
         return len(self.items)
@@ -277,7 +281,9 @@ class Couples(Folder):
             raise ValueError(f"{path} holds no {text} with two pictures (lines of {', '.join(self.KEYS)}, or files name.txt, name.{files[0]}.png, name.{files[1]}.png)")
         self.items = every_20th(found, split)
         if buckets:
-            self.arrange(self.measured(), range(len(self.items)))
+            sizes, readable = self.measured()
+            self.sizes = whole_sizes(sizes[readable], width) or self.sizes
+            self.arrange(self.in_buckets(sizes, readable), range(len(self.items)))
 
     def listed(self, jsonl):
         """(first, second, text) of each line."""
@@ -311,6 +317,14 @@ class Couples(Folder):
             if x.shape != both[0].shape or x.ndim != 3 or x.dtype != both[0].dtype or x.dtype != np.uint8 and x.shape[1:] != (height // 8, width // 8):
                 raise Unreadable(path, f"it is {x.shape} {x.dtype} beside {both[0].shape} {both[0].dtype}, for pictures of {width} x {height} pixels")
         return Sample(np.concatenate(both, 2 if both[0].dtype == np.uint8 else 0), text)
+
+
+def whole_sizes(sizes, side, most=16):
+    """The different sizes of pictures (n, 2), from the highest to the widest, where they are few, of whole tokens and of about side^2 pixels, as those that a
+    model drew: none needs to be cropped. Else None."""
+    found = {(int(width), int(height)) for width, height in sizes}
+    if len(found) <= most and all(width % 16 == height % 16 == 0 and abs(width * height / side ** 2 - 1) <= 1 / 8 for width, height in found):
+        return sorted(found, key=lambda size: size[0] / size[1])
 
 
 def latent_file(path):

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from data import Latents, open_data
 from flow import formulation, shift
 from pipeline import check_fingerprint, claim, conditioned_batches, count
 from runs import Run
-from sample import check_device, check_prompts, from_uint8, generate, grid, save_png
+from sample import check_device, check_prompts, check_size, from_uint8, generate, grid, save_png
 from train import TrainConfig
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -269,6 +270,7 @@ class PairsConfig:
     seed: int = flag(0, "of prompts and noise; those of evaluate.py are others", "prompts")
     steps: int = flag(0, "steps of the sampler; 0: the bundle's", "sampling")
     cfg: float = flag(-1.0, "guidance scale; -1: the bundle's", "sampling")
+    sizes: str = flag("", "of the pictures, \"128x128,192x96\": an equal share of the prompts each; empty: the bundle's", "sampling")
     batch_size: int = flag(0, "pictures drawn at once, of whole prompts; 0: those of one prompt", "sampling")
     device: str = flag("cpu", "cpu, cuda, mps", "machine")
 
@@ -322,7 +324,7 @@ def picture_name(number, k):
 def contact_sheet(out, numbers, tasks, samples):
     """sheet-NUMBER.png: for each prompt its pictures, numbered from 0."""
     rows = [[Image.open(out / picture_name(number, k)) for k in range(samples)] for number in numbers]
-    width, height = rows[0][0].size
+    width, height = (max(image.size[axis] for row in rows for image in row) for axis in (0, 1))
     side = max(width, 32)
     sheet = Image.new("RGB", (samples * (side + 4), len(rows) * (height + 32)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -375,6 +377,27 @@ def tasks_of(cfg, bundle, seed):
     return [task for row in zip(*columns) for task in row][:cfg.prompts]
 
 
+def sizes_of(text):
+    """[(width, height)], None for what the bundle says."""
+    if not text:
+        return [(None, None)]
+    found = [re.fullmatch(r"(\d+)x(\d+)", size.strip()) for size in text.split(",")]
+    if None in found:
+        raise ValueError(f"--sizes is {text!r}, not like 128x128,192x96")
+    sizes = [tuple(map(int, size.groups())) for size in found]
+    for size in sizes:
+        check_size(*size)
+    return sizes
+
+
+def batches(tasks, sizes, start, most):
+    """[(size, tasks)] from the task of number `start` on: an equal run of the tasks has each size, and a batch `most` tasks of one."""
+    found, ends = [], [-(-len(tasks) * (k + 1) // len(sizes)) for k in range(len(sizes))]
+    for size, begin, end in zip(sizes, [0, *ends], ends):
+        found += [(size, tasks[k:min(k + most, end)]) for k in range(max(start, begin), end, most)]
+    return found
+
+
 def judge_of(cfg, tasks):
     judge = cfg.judge if cfg.judge != "auto" else "detector" if tasks[0].wanted else "clip"
     if judge == "detector" and not tasks[0].wanted:
@@ -387,15 +410,15 @@ def make_pairs(cfg):
     check_least(cfg, prompts=1, samples=2, per_prompt=1, seed=0, steps=0, batch_size=0)
     check_device(cfg.device)
     bundle, out = checkpoint.load_bundle(cfg.weights, cfg.device), Path(cfg.out)
-    todo = tasks_of(cfg, bundle, 1000 + cfg.seed)
+    todo, sizes = tasks_of(cfg, bundle, 1000 + cfg.seed), sizes_of(cfg.sizes)
     judge = judge_of(cfg, todo)
     claim(out, {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("out", "device", "batch_size")})
     done = Run.read(out / "judged.jsonl")
-    starts = range(len(done), len(todo), max(cfg.batch_size // cfg.samples, 1))
-    for start in tqdm(starts, "pairs", unit="batch", disable=not sys.stderr.isatty()):
-        part = todo[start:start + starts.step]
+    parts = batches(todo, sizes, len(done), max(cfg.batch_size // cfg.samples, 1))
+    for (width, height), part in tqdm(parts, "pairs", unit="batch", disable=not sys.stderr.isatty()):
+        start = len(done)
         prompts, seed = [task.prompt for task in part for _ in range(cfg.samples)], (1000 + cfg.seed) * 1_000_003 + start * cfg.samples
-        for task, images in zip(part, generate(bundle, prompts, seed=seed, steps=cfg.steps, cfg=cfg.cfg).split(cfg.samples)):
+        for task, images in zip(part, generate(bundle, prompts, seed=seed, steps=cfg.steps, cfg=cfg.cfg, width=width, height=height).split(cfg.samples)):
             scores = [] if judge == "person" else scores_of(bundle, judge, task, images)
             pairs = ranked(scores, cfg.per_prompt, APART.get(judge))
             for k in range(cfg.samples) if judge == "person" else {k for pair in pairs for k in pair}:

@@ -257,6 +257,21 @@ def test_edits_in_a_folder_or_in_lines(triples):
     assert bucketed[0].image.shape == (48, 80, 6) and bucketed[1].image.shape == (64, 64, 6) and sorted(map(len, bucketed.groups)) == [1, 2]
 
 
+def test_couples_of_few_sizes_are_not_cropped(tmp_path):
+    for i, size in enumerate([(128, 128), (192, 96), (96, 160), (128, 128)]):
+        for name in ("chosen", "rejected"):
+            Image.effect_noise(size, 50).convert("RGB").save(tmp_path / f"{i}.{name}.png")
+        (tmp_path / f"{i}.txt").write_text("noise")
+    pairs = open_data(f"pairs:{tmp_path}", 128, 128, buckets=True)
+    assert pairs.sizes == [(96, 160), (128, 128), (192, 96)] and [group.tolist() for group in pairs.groups] == [[2], [0, 3], [1]]
+    for i in range(4):
+        assert (pairs[i].image[:, :, :3] == np.asarray(Image.open(tmp_path / f"{i}.chosen.png"))).all()
+    Image.new("RGB", (130, 128)).save(tmp_path / "0.rejected.png")                        # the first of a couple is what counts: this one is cropped
+    assert pairs[0].image.shape == (128, 128, 6)
+    Image.new("RGB", (130, 128)).save(tmp_path / "0.chosen.png")
+    assert (128, 128) in open_data(f"pairs:{tmp_path}", 128, 128, buckets=True).sizes != pairs.sizes
+
+
 def test_couples_that_do_not_fit_are_refused(triples):
     np.save(triples / "0.edited.npy", np.zeros((16, 4, 4), np.float32))
     (triples / "0.edited.png").unlink()

@@ -371,7 +371,8 @@ def test_ranking():
 
 def drawing(bundle, prompts, seed=0, **settings):
     """Stands for `generate`: another noise for each seed."""
-    return torch.randint(0, 256, (len(prompts), 32, 32, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    shape = len(prompts), settings.get("height") or 32, settings.get("width") or 32, 3
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
 def test_make_pairs_by_a_program_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch, capsys):
@@ -414,6 +415,21 @@ def test_pictures_of_several_prompts_are_drawn_at_once(tiny, tmp_path, monkeypat
     assert [any(word in pair["prompt"] for word in ("left of", "right of", "above", "below")) for pair in pairs] == [False, True, False]
     pictures = torch.cat([drawing(None, prompts, seed) for prompts, seed in drawn])       # the noise of `drawing` is of the call, that of `generate` of the picture
     assert (np.asarray(Image.open(tmp_path / "00001-1.png")) == pictures[4].numpy()).all()
+
+
+def test_pairs_of_several_sizes(tiny, tmp_path, monkeypatch):
+    """Whatever the batch, an equal share of the prompts has each size."""
+    monkeypatch.setattr(dpo, "is_shapes", lambda config: True)
+    monkeypatch.setattr(dpo, "generate", drawing)
+    monkeypatch.setattr(dpo, "scores_of", lambda *a: [0.1, 0.9])
+    cfg = dpo.PairsConfig(weights=str(tiny), out=str(tmp_path), prompts=5, samples=2, batch_size=4, sizes="32x32, 48x16")
+    dpo.make_pairs(cfg)
+    drawn = [Image.open(tmp_path / f"{n:05}-1.png").size for n in range(5)]
+    assert drawn == [(32, 32)] * 3 + [(48, 16)] * 2
+    for size, reason in (("32", "--sizes is '32', not like"), ("32x32,", "not like"), ("40x32", "multiple of 16")):
+        with pytest.raises(ValueError, match=reason):
+            dpo.make_pairs(dpo.replace(cfg, out="absent", sizes=size))
+    assert dpo.batches([*"abcde"], [1, 2], 1, 2) == [(1, ["b", "c"]), (2, ["d", "e"])]
 
 
 def test_make_pairs_by_a_person(tiny, tmp_path, monkeypatch, capsys):
