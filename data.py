@@ -281,9 +281,16 @@ class Couples(Folder):
             raise ValueError(f"{path} holds no {text} with two pictures (lines of {', '.join(self.KEYS)}, or files name.txt, name.{files[0]}.png, name.{files[1]}.png)")
         self.items = every_20th(found, split)
         if buckets:
-            sizes, readable = self.measured()
-            self.sizes = whole_sizes(sizes[readable], width) or self.sizes
-            self.arrange(self.in_buckets(sizes, readable), range(len(self.items)))
+            self.arrange(self.in_buckets(*self.measured()), range(len(self.items)))
+
+    def in_buckets(self, sizes, readable, most=16):
+        """Pictures of few sizes, of whole tokens and no larger than the buckets, as those that a model drew, keep them."""
+        own, bucket = np.unique(sizes[readable], axis=0, return_inverse=True)
+        if self.upscale or len(own) > most or (own % 16).any() or own.prod(1).max(initial=0) > 9 / 8 * max(map(math.prod, self.sizes)):
+            return super().in_buckets(sizes, readable)
+        self.sizes, found = [*map(tuple, own.astype(int).tolist())], np.full(len(sizes), -2)
+        found[readable] = bucket.ravel()
+        return found
 
     def listed(self, jsonl):
         """(first, second, text) of each line."""
@@ -317,14 +324,6 @@ class Couples(Folder):
             if x.shape != both[0].shape or x.ndim != 3 or x.dtype != both[0].dtype or x.dtype != np.uint8 and x.shape[1:] != (height // 8, width // 8):
                 raise Unreadable(path, f"it is {x.shape} {x.dtype} beside {both[0].shape} {both[0].dtype}, for pictures of {width} x {height} pixels")
         return Sample(np.concatenate(both, 2 if both[0].dtype == np.uint8 else 0), text)
-
-
-def whole_sizes(sizes, side, most=16):
-    """The different sizes of pictures (n, 2), from the highest to the widest, where they are few, of whole tokens and of about side^2 pixels, as those that a
-    model drew: none needs to be cropped. Else None."""
-    found = {(int(width), int(height)) for width, height in sizes}
-    if len(found) <= most and all(width % 16 == height % 16 == 0 and abs(width * height / side ** 2 - 1) <= 1 / 8 for width, height in found):
-        return sorted(found, key=lambda size: size[0] / size[1])
 
 
 def latent_file(path):
