@@ -158,10 +158,6 @@ class Pictures(Dataset):
         self.sizes, self.bucket = bucket_sizes(width) if buckets else [(width, height)], None
         self.seed, self.upscale, self.skipped = seed, upscale, {}
 
-    def in_buckets(self, sizes, readable):
-        """(n,) numbers of self.sizes of pictures of `sizes` (n, 2); -2 for those not `readable`."""
-        return np.where(readable, nearest_buckets(self.sizes, *sizes.T, self.upscale), -2)
-
     def arrange(self, bucket, part):
         """Trains on the range `part` of the items, in groups by bucket: (n,) numbers of self.sizes, or negative for an item that is left out."""
         self.bucket = bucket
@@ -239,6 +235,10 @@ class Folder(Pictures):
             except PICTURE_ERRORS as error:
                 self.skipped[path], readable[i] = reason(error), False
         return sizes, readable
+
+    def in_buckets(self, sizes, readable):
+        """(n,) numbers of self.sizes, for what `measured` found; -2 where it could read nothing."""
+        return np.where(readable, nearest_buckets(self.sizes, *sizes.T, self.upscale), -2)
 
     def __len__(self):
         return len(self.items)
