@@ -209,3 +209,18 @@ def test_average_lies_between_two(tiny, tmp_path, cli):
     before, after = (dict(load_bundle(path).mmdit.named_parameters()) for path in (tiny, tmp_path / "out"))
     assert all(torch.allclose(after[name], before[name] + 0.25, atol=2e-3) for name in before)
     assert cli(*command, "--share", 2)[::2] == (2, ["average.py: --share is 2.0, not between -1 and 1"])
+
+
+def test_mmdit_in_float8_for_a_bundle_with_fewer_positions(cli, tiny, tmp_path):
+    large, small = tmp_path / "large", tmp_path / "small.pt"
+    checkpoint.copy_parts(tiny, large)
+    config = {**checkpoint.read_json(tiny / "mmdit.json"), "pos_embed_max_size": 12}
+    model = MMDiT(**config)
+    save_part(large, "mmdit", model, config)
+    assert cli("experiments/float8.py", "--weights", large, "--like", tiny, "--out", small)[0] == 0
+    state, smaller = model.half().state_dict(), load_checkpoint(small)
+    error = [(smaller[name].float() - state[name].float()).norm() / state[name].float().norm() for name in state if state[name].ndim == 2 and state[name].any()]
+    assert 0 < max(error) < 0.05 and {tensor.element_size() for tensor in smaller.values() if tensor.ndim == 2} == {1}
+    assert torch.equal(smaller["pos_embed"], state["pos_embed"].unflatten(1, (12, 12))[:, 2:10, 2:10].flatten(1, 2))
+    assert cli("sample.py", "--prompt", "a red circle", "--weights", tiny, "--mmdit", small, "--out", tmp_path / "out.png")[0] == 0
+    assert "another architecture" in cli("experiments/float8.py", "--weights", tiny, "--like", large, "--out", tmp_path / "none.pt")[2][-1]

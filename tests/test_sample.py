@@ -351,6 +351,21 @@ def test_the_command_of_the_readme_draws_what_it_says(cli, tmp_path, monkeypatch
     assert sum(evaluate.judge(task, evaluate.detect(x.numpy())[1])[0] for x in pictures) >= 14      # 16 where it was trained
 
 
+@pytest.mark.skipif(not (ROOT / "weights" / "wide.pt").exists(), reason="weights/wide.pt is not there")
+def test_the_command_of_the_readme_for_wide_pictures(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command, prompt = "sample.py --mmdit weights/wide.pt --width 192 --height 96 --prompt", "an orange triangle below a green circle"
+    assert f'python {command} "{prompt}"' in (ROOT / "README.md").read_text()
+    assert cli(*command.split(), prompt, "--out", tmp_path / "out.png")[0] == 0 and Image.open(tmp_path / "out.png").size == (192, 96)
+    tasks = evaluate.tasks("colors", 16)
+
+    def right(bundle):
+        return sum(evaluate.judge(task, evaluate.detect(x.numpy())[1])[0] for task, x in zip(tasks, generate(bundle, [task.prompt for task in tasks], width=192, height=96)))
+    square, wide = load_bundle("weights/mini"), load_bundle("weights/mini")
+    wide.part("mmdit").replace(checkpoint.load_checkpoint("weights/wide.pt"), "weights/wide.pt")
+    assert right(wide) >= 14 and right(square) <= 2
+
+
 def test_edit_image_from_the_command_line(cli, refused, tiny, tmp_path):
     """With an MM-DiT that is shown a picture beside the noise: the picture, and both scales, matter; one that is not refuses."""
     folder, picture = tmp_path / "edit", tmp_path / "in.png"
