@@ -1,4 +1,4 @@
-"""The MM-DiT of a bundle as a file of a byte a weight, for `sample.py --mmdit`: matrices in float8 (e4m3, a rounding error of 2.6 %), the table of positions cropped to that of another bundle.
+"""The MM-DiT of a bundle as a file of a byte a weight, for `sample.py --mmdit`: matrices in float8 (e4m3, a rounding error of 2.6 %), the positions those of another bundle, the middle of its own.
 
     python experiments/float8.py --weights runs/fine --like weights/mini --out wide.pt
 """
@@ -24,12 +24,10 @@ def main(cfg):
     import checkpoint
 
     part, like = (checkpoint.load_bundle(path).part("mmdit") for path in (cfg.weights, cfg.like))
-    tensors = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor for name, tensor in part.tensors.items()}
-    side, wanted = part.config["pos_embed_max_size"], like.config["pos_embed_max_size"]
-    if side < wanted or part.config | {"pos_embed_max_size": wanted} != like.config:
+    wanted = like.config["pos_embed_max_size"]
+    if part.config["pos_embed_max_size"] < wanted or part.config | {"pos_embed_max_size": wanted} != like.config:
         raise ValueError(f"the MM-DiT of {cfg.weights} is of another architecture than that of {cfg.like}")
-    inner = slice((side - wanted) // 2, (side + wanted) // 2)
-    tensors["pos_embed"] = tensors["pos_embed"].unflatten(1, (side, side))[:, inner, inner].flatten(1, 2).clone()
+    tensors = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor for name, tensor in part.tensors.items()} | {"pos_embed": like.tensors["pos_embed"]}
     checkpoint.save_checkpoint(cfg.out, tensors)
 
 
