@@ -587,3 +587,15 @@ def test_stages_that_go_on_from_a_model_refuse(refused, tiny, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     flags = ["--batch-size", 4, "--steps", 1, "--resolution", 32, "--chunk", 8, "--workers", 0, "--text-width", 32]
     assert reason in refused("train.py", *flags, *(str(tiny) if a == "TINY" else a for a in arguments))
+
+
+@pytest.mark.slow
+def test_the_controls_of_fig_6_differ_in_what_they_say(tiny, tmp_path, cli):
+    status, lines, _ = cli("experiments/resolution.py", "--weights", tiny, "--runs", tmp_path / "runs", "--out", tmp_path, "--steps", 1, "--batch-size", 2, "--prompts", 1)
+    runs = [line.split()[0] for line in lines]
+    assert status == 0 and runs == ["main", "no-shift", "interpolated"]
+    config, mmdit = ([checkpoint.read_json(tmp_path / "runs" / name / file) for name in runs] for file in ("config.json", "mmdit.json"))
+    assert [c["shift"] for c in config] == [3, 1, 3]
+    assert mmdit[0]["base_size"] == mmdit[1]["base_size"] != mmdit[2]["base_size"]
+    assert {*checkpoint.read_json(tmp_path / "resolution.json")["no-shift"]} == {"128x128", "192x96", "160x96", "96x160", "64x64"}
+    assert Image.open(tmp_path / "resolution-192x96.png").size == (6 * 194 - 2, 3 * 98 - 2)
