@@ -354,7 +354,7 @@ def test_the_command_of_the_readme_draws_what_it_says(cli, tmp_path, monkeypatch
 @pytest.mark.skipif(not (ROOT / "weights" / "wide.pt").exists(), reason="weights/wide.pt is not there")
 def test_the_command_of_the_readme_for_wide_pictures(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    command, prompt = "sample.py --mmdit weights/wide.pt --width 192 --height 96 --prompt", "an orange triangle below a green circle"
+    command, prompt = "sample.py --mmdit weights/wide.pt --width 192 --height 96 --cfg 1.5 --t-last 0.25 --prompt", "an orange triangle below a green circle"
     assert f'python {command} "{prompt}"' in (ROOT / "README.md").read_text()
     assert cli(*command.split(), prompt, "--out", tmp_path / "out.png")[0] == 0 and Image.open(tmp_path / "out.png").size == (192, 96)
     tasks = evaluate.tasks("colors", 16)
