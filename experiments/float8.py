@@ -1,5 +1,5 @@
 """The MM-DiT of a bundle as a file of about a byte a weight, for `sample.py --mmdit`. The matrices of the blocks are in float8 (e4m3, a rounding error of 2.6 %);
-that of the last layer, of 0.2 % of the weights, would add nearly as much error as all of them. Positions are those of another bundle, the middle of its own.
+that of the last layer, of 0.2 % of the weights, would add as much error near t = 1 as all of them. Positions are those of another bundle, the middle of its own.
 
     python experiments/float8.py --weights runs/fine --like weights/mini --out wide.pt
 """
