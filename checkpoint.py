@@ -159,6 +159,11 @@ class Part:
         self.tensors = completed(name, {key: tensor for key, tensor in tensors.items() if not IGNORED.match(key)})
         self.config = CONFIGS[name](self)
 
+    @property
+    def arguments(self):
+        """All of its constructor's arguments: `config`, and the defaults of those that it leaves out."""
+        return arguments(self.cls, self.config)
+
     def __contains__(self, key):
         return self.layout.names(key)[0] in self.tensors
 
@@ -184,7 +189,7 @@ class Part:
         try:
             with torch.device("meta"):
                 module = self.cls(**self.config)
-        except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
+        except (TypeError, ValueError, LookupError, RuntimeError, ZeroDivisionError) as error:
             raise ValueError(f"{self.source}: its config does not describe a {self.cls.__name__}: {first_line(error)}") from None
         check_names({name for key in module.state_dict() for name in self.layout.names(key)}, self.tensors, self.source)
         return module
@@ -214,7 +219,7 @@ class BundlePart(Part):
         self.name, self.source, self.cls, self.layout = name, f"{folder}/{name}.pt", cls or CLASSES[name], Layout()
         self.json = Path(folder) / f"{name}.json"
 
-    config = cached_property(lambda self: read_json(self.json))
+    config = cached_property(lambda self: read_object(self.json))
     tensors = cached_property(lambda self: completed(self.name, checked_state(load_checkpoint(self.source, mmap=True), self.source)))
 
 
@@ -286,6 +291,8 @@ class Bundle:
 
     def load(self, name):
         """A part as a module. float16 overflows in T5's feed-forward, which gets bfloat16; the autoencoder, small, stays in float32."""
+        if name == "mmdit":
+            check_fit(self.parts)
         dtype = torch.float32 if name == "vae" else torch.bfloat16 if (name, self.dtype) == ("t5", torch.float16) else self.dtype
         module = self.part(name).module(self.device, dtype)
         for lora, scale in self.loras:
@@ -303,9 +310,13 @@ class Bundle:
 
     def text_sizes(self):
         """Channels of each encoder; of those that are not here, what the MM-DiT leaves for them."""
-        widths = {name: self.parts[name].config["width"] for name in ENCODERS if name in self.parts}
+        found = {name: self.parts[name].arguments for name in ENCODERS if name in self.parts}
+        widths = {name: own["width"] for name, own in found.items()}
+        for name, own in found.items():
+            if name != "t5" and own["length"] < self.config["clip_length"]:
+                raise ValueError(f"{self.folder}: clip_length is {self.config['clip_length']} tokens, its {name} has positions for {own['length']}")
         if len(widths) < len(ENCODERS):
-            mmdit = self.part("mmdit").config
+            mmdit = self.part("mmdit").arguments
             widths.setdefault("t5", mmdit["context_dim"])
             widths.setdefault("clip_l", mmdit["pooled_dim"] - widths.get("clip_g", 0))
             widths.setdefault("clip_g", mmdit["pooled_dim"] - widths["clip_l"])
@@ -441,12 +452,12 @@ def read_shards(folder):
 
 
 def check_fit(parts):
-    """Refuse encoders that the MM-DiT was not trained with."""
-    mmdit, widths = parts["mmdit"].config, {name: parts[name].config["width"] for name in ENCODERS if name in parts}
+    """Refuse encoders and an autoencoder that the MM-DiT was not trained with."""
+    mmdit, widths = parts["mmdit"].arguments, {name: parts[name].arguments["width"] for name in ENCODERS if name in parts}
     clips = [widths[name] for name in ("clip_l", "clip_g") if name in widths]
     if len(clips) == 2 and sum(clips) != mmdit["pooled_dim"] or sum(clips) > mmdit["pooled_dim"] or widths.get("t5", mmdit["context_dim"]) != mmdit["context_dim"]:
         raise ValueError(f"the MM-DiT takes {mmdit['pooled_dim']} channels of CLIP's and {mmdit['context_dim']} of T5's, the encoders have {widths}")
-    if "vae" in parts and (latents := parts["vae"].config["latent_channels"]) != (made := mmdit["out_channels"] or mmdit["in_channels"]):
+    if "vae" in parts and (latents := parts["vae"].arguments["latent_channels"]) != (made := mmdit["out_channels"] or mmdit["in_channels"]):
         raise ValueError(f"the MM-DiT makes latents of {made} channels, the autoencoder {latents}")
 
 
@@ -577,7 +588,7 @@ LORA_PREFIXES = {"mmdit": "transformer.", "clip_l": "text_encoder.", "clip_g": "
 
 
 def read_lora(path):
-    """{part: {layer: its update B A (out, in), as (A, B), the file's own alpha / rank included in B}}"""
+    """{part: {layer: its update B A (out, in), as (A, B), the file's own scale included in B}}"""
     tensors, metadata = read_safetensors(path)
     loras = {name: {} for name in LORA_PREFIXES}
     layers = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
@@ -592,16 +603,19 @@ def read_lora(path):
             raise ValueError(f"{path} is for {layer}, which is no layer of SD3's")
         if min(a.ndim, b.ndim) < 2 or not 0 < len(a) == b.shape[1]:
             raise ValueError(f"{path}: {layer} has A {tuple(a.shape)} and B {tuple(b.shape)}, which do not multiply to an update")
-        loras[name][layer.removeprefix(LORA_PREFIXES[name])] = a, b * (lora_alpha(tensors.get(f"{layer}.alpha"), metadata, LORA_PREFIXES[name], len(a), path) / len(a))
+        loras[name][layer.removeprefix(LORA_PREFIXES[name])] = a, b * lora_scale(tensors.get(f"{layer}.alpha"), metadata, LORA_PREFIXES[name], len(a), path)
     return loras
 
 
-def lora_alpha(alpha, metadata, prefix, rank, path):
-    """A layer's own alpha, or else what PEFT's settings in the header say, or else the rank."""
+def lora_scale(alpha, metadata, prefix, rank, path):
+    """alpha / rank, alpha being a layer's own, or else what PEFT's settings in the header say, or else the rank; "rslora" divides by the rank's root."""
     try:
+        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        if settings.get(prefix + "alpha_pattern"):
+            raise ValueError("it differs between the layers")
         if alpha is None:
-            alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get(prefix + "lora_alpha", rank)
-        return float(alpha)
+            alpha = settings.get(prefix + "lora_alpha", rank)
+        return float(alpha) / (rank ** 0.5 if settings.get(prefix + "use_rslora") else rank)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: its alpha cannot be used: {first_line(error)}") from None
 

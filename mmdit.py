@@ -330,8 +330,8 @@ def grown(state, model):
     own = model.state_dict()
     added = {name: value for name, value in own.items() if name.endswith(('.ln_q.weight', '.ln_k.weight')) and name not in state}
     state = {**state, **added, 'pos_embed': own['pos_embed']}
-    weight, wanted = state['x_embedder.proj.weight'], own['x_embedder.proj.weight'].shape[1]
-    if weight.shape[1] < wanted:
+    weight, wanted = state.get('x_embedder.proj.weight'), own['x_embedder.proj.weight'].shape[1]
+    if weight is not None and weight.shape[1] < wanted:
         state['x_embedder.proj.weight'] = F.pad(weight, (0, 0, 0, 0, 0, wanted - weight.shape[1]))
     return state
 

@@ -60,6 +60,7 @@ if __name__ == "__main__":
 
 import contextlib
 import inspect
+import re
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ from tqdm import tqdm
 
 import checkpoint
 from flow import formulation
-from samplers import SAMPLERS, guided, guided_edit, keeping, parts, start_from, timesteps, timesteps_log_snr
+from samplers import SAMPLERS, guided, guided_edit, keeping, parts, randn, start_from, timesteps, timesteps_log_snr
 
 MAX_PROMPT, MAX_SIDE = 2000, 4096
 MAX_ROWS = 2048  # times x samples whose modulations are made ahead of sampling: 0.1 GB for the miniature
@@ -85,6 +86,8 @@ def check_prompts(prompts):
             raise ValueError(f"prompt {number} is empty")
         if len(prompt) > MAX_PROMPT:
             raise ValueError(f"prompt {number} has {len(prompt)} characters; at most {MAX_PROMPT} are taken")
+        if re.search("[\ud800-\udfff]", prompt):      # what Python makes of bytes that are not UTF-8
+            raise ValueError(f"prompt {number} is not written in UTF-8")
     return list(prompts)
 
 
@@ -125,7 +128,8 @@ def guided_velocity(bundle, prompts, cfg, negative_prompt="", encoders=("clip_l"
 
     No text is what it was in training: zeros (Sec. 5.1) or, for released weights, the empty prompt. What the latents do not change is done once:
     the text's embedding and, of the times `ts` that are known before, all modulations in one product."""
-    from_text = cfg != 1 and (negative_prompt or bundle.config.get("unconditional") == "empty prompt")
+    guides = cfg != 1 or source is not None and image_cfg != 1
+    from_text = guides and (negative_prompt or bundle.config.get("unconditional") == "empty prompt")
     context, pooled = bundle.text.encode([*prompts, negative_prompt] if from_text else prompts, encoders)
     form, like = formulation(bundle.config["formulation"]), next(bundle.mmdit.parameters())
     context, pooled = context.to(like), pooled.to(like)
@@ -151,23 +155,30 @@ def guided_velocity(bundle, prompts, cfg, negative_prompt="", encoders=("clip_l"
             return form.velocity(bundle.mmdit.denoise(shown.to(like.dtype), text, modulations).float(), z, t)
         return velocity
 
-    if source is not None and not cfg == image_cfg == 1:
+    if not guides:
+        return field(context, pooled, source)
+    if source is not None:
         texts, pools = torch.cat([context, null_context, null_context]), torch.cat([pooled, null_pooled, null_pooled])
         return guided_edit(field(texts, pools, torch.cat([source, source, torch.zeros_like(source)])), image_cfg, cfg)
-    if cfg == 1:
-        return field(context, pooled, source)
     return guided(None, None, cfg, joint=field(torch.cat([context, null_context]), torch.cat([pooled, null_pooled])))
 
 
-def initial_noise(bundle, n, seed, width, height):
-    """(n, C, height / 8, width / 8), row i from the seed + i alone."""
-    size = 1, latent_channels(bundle.mmdit)[0], height // 8, width // 8
-    noise = torch.cat([torch.randn(size, generator=torch.Generator().manual_seed(seed + i)) for i in range(n)])
+def initial_noise(bundle, generators, width, height):
+    """(n, C, height / 8, width / 8), a row of each of n generators."""
+    noise = randn((len(generators), latent_channels(bundle.mmdit)[0], height // 8, width // 8), generators)
     return noise.to(next(bundle.mmdit.parameters()).device)
 
 
+def seeded(seed, n):
+    """A generator a picture."""
+    return [torch.Generator().manual_seed(seed + i) for i in range(n)]
+
+
+SETTLED = "steps", "cfg", "shift", "sampler", "image_cfg", "t_last"
+
+
 def settled(config, steps, cfg, shift, sampler, image_cfg, t_last):
-    """Those settings of `generate`, from the bundle's config where they are 0, -1 or empty."""
+    """The settings SETTLED of `generate`, from the bundle's config where they are 0, -1 or empty."""
     steps, shift, sampler = steps or config["steps"], shift or config["shift"], sampler or config["sampler"]
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
@@ -224,7 +235,8 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
     encode, decode = coder(bundle, tiled)
     source = None if edit is None else encode(edit)
     velocity = guided_velocity(bundle, prompts, cfg, negative_prompt, encoders, ts, source, image_cfg)   # first: an encoder may be let go before the MM-DiT is loaded
-    noise = initial_noise(bundle, len(prompts), seed, width, height)
+    generators = seeded(seed, len(prompts))
+    noise = initial_noise(bundle, generators, width, height)
     z = form.start(noise)
     if init is not None:
         x0 = encode(init[None])
@@ -234,7 +246,7 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
         if mask is not None:
             velocity = keeping(velocity, x0, noise, F.max_pool2d(mask[None, None].to(noise), bundle.vae.factor), form)
     preview = callback and (lambda i, t, z, v: callback(i, float(t), to_uint8(decode(parts(v, z, t, form)[0]))))
-    options = {"path": form, "generator": torch.Generator().manual_seed(seed)}  # for the samplers that take them
+    options = {"path": form, "generator": generators}  # for the samplers that take them
     options = {k: v for k, v in options.items() if k in inspect.signature(SAMPLERS[sampler]).parameters}
     z = SAMPLERS[sampler](velocity, z, ts.to(z.device), callback=preview, **options)
     bundle.release("mmdit")
@@ -322,6 +334,17 @@ def read_prompts(cfg):
     return check_prompts(prompts)
 
 
+def replace_mmdit(bundle, path):
+    """By that of a checkpoint of train.py, with its EMA, or of weights alone."""
+    state = checkpoint.load_checkpoint(path)
+    state = state if isinstance(state, dict) else {"ema": state}
+    mine = bundle.config["formulation"]
+    trained = state.get("config", {}).get("formulation", mine)
+    if trained != mine and not (trained.startswith("rf") and mine.startswith("rf")):      # rf's densities are of training alone
+        raise ValueError(f"{path} was trained as {trained}, which the bundle, {mine}, does not sample")
+    bundle.part("mmdit").replace(state.get("ema", state), path)
+
+
 def main():
     cfg = CONFIG
     prompts, out = read_prompts(cfg), Path(cfg.out)
@@ -329,7 +352,7 @@ def main():
         raise ValueError(f"--num is {cfg.num}; it must be in 1..1024")
     if not 1 <= cfg.zoom <= 64:
         raise ValueError(f"--zoom is {cfg.zoom}; it must be in 1..64")
-    for path in filter(None, (cfg.out, cfg.trajectory)):  # before the work, not after
+    for path in (cfg.out, *filter(None, [cfg.trajectory])):  # before the work, not after
         parent = Path(path).parent
         if not parent.is_dir() or not os.access(parent, os.W_OK) or Path(path).is_dir():
             raise ValueError(f"{path} cannot be written: " + ("it is a folder" if Path(path).is_dir() else f"{parent} is no folder or not writable"))
@@ -339,8 +362,7 @@ def main():
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
     bundle = checkpoint.load_bundle(cfg.weights, cfg.device, files, cfg.t5_length, dtype=dtype, offload=cfg.offload, tokenizers=cfg.tokenizers, loras=read_lora_flags(cfg))
     if cfg.mmdit:
-        state = checkpoint.load_checkpoint(cfg.mmdit)
-        bundle.part("mmdit").replace(state.get("ema", state) if isinstance(state, dict) else state, cfg.mmdit)
+        replace_mmdit(bundle, cfg.mmdit)
     wanted = [p for p in prompts for _ in range(cfg.num)]
     if cfg.edit_image:
         start["edit"] = start["edit"].expand(len(wanted), -1, -1, -1)
@@ -355,8 +377,8 @@ def main():
                           image_cfg=cfg.image_cfg, t_last=cfg.t_last, tiled=cfg.tiled, **start)
     picture = grid(images)
     larger = (picture.width * cfg.zoom, picture.height * cfg.zoom)
-    used = {name: bundle.config[name] for name in ("steps", "cfg", "shift", "t_last", "sampler") if name in bundle.config and getattr(cfg, name) == getattr(SampleConfig, name)}
-    texts = {**asdict(cfg), **used, "prompt": "\n".join(prompts), "software": "nanoSD3"}
+    used = settled(bundle.config, cfg.steps, cfg.cfg, cfg.shift, cfg.sampler, cfg.image_cfg, cfg.t_last)
+    texts = {**asdict(cfg), **dict(zip(SETTLED, used)), "prompt": "\n".join(prompts), "software": "nanoSD3"}
     save_png(picture.resize(larger, Image.Resampling.NEAREST), out, texts)
     if cfg.trajectory:
         frames.append(picture)

@@ -48,6 +48,13 @@ def timesteps(steps, shift=1.0, t_max=1.0, t_min=0.0, schedule="uniform", t_last
     return t
 
 
+def randn(shape, generator=None):
+    """Gaussian noise on the generator's device; of a list of generators, a row of each."""
+    if isinstance(generator, (list, tuple)):
+        return torch.cat([randn((1, *shape[1:]), one) for one in generator])
+    return torch.randn(shape, generator=generator, device=generator.device if generator else None)
+
+
 def timesteps_log_snr(steps, path, shift=1.0, limit=14.0):
     """Uniform in lambda_t between -limit and limit, as far as the path's range goes. What curved paths want: EDM's t crowds at its ends.
 
@@ -288,14 +295,14 @@ def sample_dpmpp_2m(velocity, z, ts, callback=None, path=STRAIGHT):
 def sample_sde(velocity, z, ts, callback=None, path=STRAIGHT, noise=1.0, generator=None):
     """Euler-Maruyama on dz = (v + g^2 eps / (2 b)) dt + g dW, t falling: the same p_t as the ODE's for any g, as the score is -eps / b
     (Fokker-Planck). g^2 = 2 noise b b' needs no division where b = 0 and is EDM's own at noise 1. Half order, falling t only. The last step is
-    DDIM's: nothing comes after it to take its noise away."""
+    DDIM's: nothing comes after it to take its noise away. generator: as `randn` has it."""
     v, steps = stepping(velocity, z, ts, callback)
     for i, t, s in steps:
         k = v(z, t, i)
         x0, eps = parts(k, z, t, path)
         if i == steps[-1][0]:
             return path.a(s) * x0 + path.b(s) * eps
-        fresh = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=generator.device if generator else z.device).to(z)
+        fresh = randn(z.shape, generator).to(z)
         z = z + (s - t) * (k + noise * path.db(t) * eps) + (2 * noise * path.b(t) * path.db(t) * (t - s)).sqrt() * fresh
     return z
 

@@ -347,10 +347,12 @@ class BPETokenizer(Tokenizer):
     def from_folder(cls, folder, length=77, pad=None):
         folder = Path(folder)
         if not (folder / "merges.txt").exists() and (folder / "tokenizer.json").exists():      # as newer versions of transformers save it
-            model = read_json(folder / "tokenizer.json").get("model", {})
-            if model.get("type") != "BPE":
-                raise ValueError(f"{folder}/tokenizer.json holds a model of type {model.get('type')}, CLIP's is BPE")
-            return cls(model["vocab"], [tuple(pair.split() if isinstance(pair, str) else pair) for pair in model["merges"]], length, pad)
+            try:
+                model = read_json(folder / "tokenizer.json")["model"]
+                vocab, merges = model["vocab"], [tuple(pair.split() if isinstance(pair, str) else pair) for pair in model["merges"]]
+            except (KeyError, TypeError):
+                raise ValueError(f"{folder}/tokenizer.json is not that of a BPE tokenizer, which CLIP's is") from None
+            return cls(vocab, merges, length, pad)
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
         return cls(read_json(folder / "vocab.json"), merges, length, pad)

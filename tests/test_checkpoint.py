@@ -174,6 +174,16 @@ def test_bundle_loads_parts_when_used_and_copies_with_replacements(tiny, tmp_pat
     assert (load_bundle(tmp_path / "copy").mmdit.final_layer.linear.bias == 0.25).all()
 
 
+def test_a_part_of_a_bundle_from_a_file(tiny, tmp_path):
+    """The bundle's JSON says what differs from the defaults: the MM-DiT's out_channels are not there."""
+    pytest.importorskip("safetensors")
+    bundle = load_bundle(tiny)
+    checkpoint.write_safetensors(tmp_path / "t5.safetensors", bundle.part("t5").tensors)
+    again = load_bundle(tiny, files={"t5": tmp_path / "t5.safetensors"})
+    assert "out_channels" not in again.part("mmdit").config
+    assert all(a.equal(b) for a, b in zip(bundle.text.encode(["a star"]), again.text.encode(["a star"])))
+
+
 def test_copy_parts_takes_what_it_is_asked_for(tiny, tmp_path):
     source = tmp_path / "source"
     save_bundle(load_bundle(tiny), source)

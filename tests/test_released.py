@@ -24,7 +24,7 @@ import layouts  # noqa: E402
 import sample  # noqa: E402
 from checkpoint import load_bundle, read_safetensors  # noqa: E402
 from mmdit import MMDiT  # noqa: E402
-from sample import generate, initial_noise  # noqa: E402
+from sample import generate, initial_noise, seeded  # noqa: E402
 from text_encoders import CLIPTextEncoder, T5Encoder  # noqa: E402
 from vae import AutoencoderKL  # noqa: E402
 
@@ -77,7 +77,7 @@ def test_pictures_are_those_of_diffusers(pipes, variant, tmp_path, monkeypatch):
     assert (bundle.config["steps"], bundle.config["cfg"], bundle.config["shift"], bundle.config["schedule"], bundle.config["unconditional"]) == (steps, cfg, 3.0, "released", "empty prompt")
     monkeypatch.setattr(sample, "to_uint8", lambda images: images)
     ours = generate(bundle, PROMPTS, steps=8, cfg=5.0, width=96, height=64)
-    theirs = pipes[variant](PROMPTS, num_inference_steps=8, guidance_scale=5.0, width=96, height=64, latents=initial_noise(bundle, 2, 0, 96, 64), output_type="pt").images
+    theirs = pipes[variant](PROMPTS, num_inference_steps=8, guidance_scale=5.0, width=96, height=64, latents=initial_noise(bundle, seeded(0, 2), 96, 64), output_type="pt").images
     assert ours.shape == (2, 3, 64, 96) and (ours[0] - ours[1]).abs().max() > 0.1
     assert ((ours / 2 + 0.5).clamp(0, 1) - theirs).abs().max() <= 1e-3
 
@@ -98,7 +98,7 @@ def test_without_t5_as_diffusers_without_it(pipes, folder, tmp_path, monkeypatch
     pipe.set_progress_bar_config(disable=True)
     monkeypatch.setattr(sample, "to_uint8", lambda images: images)
     ours = generate(bundle, PROMPTS, encoders=("clip_l", "clip_g"), steps=3, cfg=5.0, width=64, height=64)
-    theirs = pipe(PROMPTS, num_inference_steps=3, guidance_scale=5.0, width=64, height=64, latents=initial_noise(bundle, 2, 0, 64, 64), output_type="pt").images
+    theirs = pipe(PROMPTS, num_inference_steps=3, guidance_scale=5.0, width=64, height=64, latents=initial_noise(bundle, seeded(0, 2), 64, 64), output_type="pt").images
     assert ((ours / 2 + 0.5).clamp(0, 1) - theirs).abs().max() <= 1e-3
     with pytest.raises(ValueError, match="holds no t5: give it by --t5 FILE, or name only clip_l, clip_g in --encoders"):
         generate(bundle, PROMPTS, **SETTINGS)
@@ -141,7 +141,7 @@ def test_diffusers_loads_our_folder(pipes, single, tmp_path, monkeypatch):
     assert len([*(tmp_path / "folder" / "transformer").glob("*.safetensors")]) > 3 and (tmp_path / "folder/text_encoder_3/model.safetensors.index.json").is_file()
     pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "folder")
     pipe.set_progress_bar_config(disable=True)
-    settings = dict(num_inference_steps=2, width=64, height=64, latents=initial_noise(whole, 2, 0, 64, 64), output_type="pt")
+    settings = dict(num_inference_steps=2, width=64, height=64, latents=initial_noise(whole, seeded(0, 2), 64, 64), output_type="pt")
     assert (pipe(PROMPTS, **settings).images - pipes["sd3.5-medium"](PROMPTS, **settings).images).abs().max() <= 1e-5
     again = load_bundle(tmp_path / "folder")
     assert generate(again, PROMPTS, **SETTINGS).equal(generate(whole, PROMPTS, **SETTINGS))

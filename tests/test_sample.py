@@ -16,7 +16,7 @@ import sample
 import shapes
 from checkpoint import load_bundle
 from sample import SampleConfig, check_prompts, generate, grid, guided_velocity, to_uint8
-from samplers import SAMPLERS, timesteps
+from samplers import SAMPLERS, randn, timesteps
 
 A, B = "a red circle above a blue square", "three green stars"
 
@@ -111,6 +111,19 @@ def test_every_sampler_is_deterministic_and_knows_its_path(bundle, sampler, monk
         assert (generate(bundle, [A], steps=400, sampler=sampler).float() - fine.float()).abs().mean() < 2
 
 
+def test_noise_on_the_way_is_new_and_each_pictures_own(bundle, monkeypatch):
+    both = generate(bundle, [A, B], seed=5, steps=4, sampler="sde")
+    assert differ(both[1:], generate(bundle, [B], seed=6, steps=4, sampler="sde")) <= 1
+    seen = []
+
+    def sampler(velocity, z, ts, callback=None, generator=None):
+        seen.extend([z, randn(z.shape, generator)])
+        return z
+    monkeypatch.setitem(SAMPLERS, "sde", sampler)
+    generate(bundle, [A], sampler="sde")
+    assert (seen[0] - seen[1]).abs().max() > 0.1
+
+
 def test_tiled_is_the_same_picture(bundle, monkeypatch):
     init = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for given in ({}, {"init": init}):
@@ -198,7 +211,7 @@ def test_init_image_and_mask_from_the_command_line(cli, refused, tiny, tmp_path)
 
 
 def test_prompts_that_cannot_be_used():
-    for prompts, reason in (([], "no prompt"), (["x", " \n"], "prompt 2 is empty"), (["x" * 2001], "prompt 1 has 2001 characters; at most 2000")):
+    for prompts, reason in (([], "no prompt"), (["caf\udce9"], "prompt 1 is not written in UTF-8"), (["x", " \n"], "prompt 2 is empty"), (["x" * 2001], "prompt 1 has 2001 characters; at most 2000")):
         with pytest.raises(ValueError, match=reason):
             check_prompts(prompts)
     assert check_prompts(["x" * 2000]) == ["x" * 2000]
@@ -220,6 +233,7 @@ def test_png_carries_prompt_seed_and_settings(cli, tiny, tmp_path, bundle):
     image = Image.open(out)
     assert image.size == (2 * (32 + 2 + 32), 64) and list(tmp_path.iterdir()) == [out]
     assert image.text["prompt"] == f"{A}\n{B}" and image.text["seed"] == "7" and image.text["steps"] == "3" and float(image.text["cfg"]) == 3
+    assert {name: image.text[name] for name in ("shift", "sampler", "t_last")} == {"shift": "1.0", "sampler": "euler", "t_last": "0.0"}      # what the bundle says
     assert (np.asarray(image)[::2, ::2][:, :32] == generate(bundle, [A, B], cfg=3.0, seed=7)[0].numpy()).all()
 
 
@@ -269,6 +283,7 @@ def test_another_mmdit_of_the_same_architecture(cli, tiny, tmp_path, bundle):
     (["--prompt", A, "--mmdit", "absent.ckpt"], "absent.ckpt is not there"),
     (["--prompt", A, "--out", "absent/out.png"], "absent/out.png cannot be written: absent is no folder"),
     (["--prompt", A, "--out", "."], "it is a folder"),
+    (["--prompt", A, "--out", ""], "it is a folder"),
     (["--prompt", A, "--out", "file/out.png"], "file/out.png cannot be written"),
     (["--prompt", A, "--trajectory", "absent/x.gif"], "absent/x.gif cannot be written"),
     (["--prompt", A, "--weights", "absent"], "absent is no bundle folder"),
@@ -288,6 +303,12 @@ def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, m
     ("t5.pt", lambda raw: b"", "t5.pt is no checkpoint of ours, or damaged"),
     ("clip_g.pt", None, "clip_g.pt is not there"),
     ("mmdit.json", lambda raw: raw.replace(b'"depth": 1', b'"depth": 2'), "mmdit.pt is of another architecture"),
+    ("mmdit.json", lambda raw: raw.replace(b'"context_dim": 32', b'"context_dim": 48'), "the MM-DiT takes 20 channels of CLIP's and 48 of T5's, the encoders have"),
+    ("vae.json", lambda raw: raw.replace(b'"latent_channels": 4', b'"latent_channels": 8'), "the MM-DiT makes latents of 4 channels, the autoencoder 8"),
+    ("clip_l.json", lambda raw: b"[]", "clip_l.json holds no JSON object"),
+    ("clip_l.json", lambda raw: b"{}", "the CLIPs' 768 + 12 channels do not fit into T5's 32"),
+    ("t5.json", lambda raw: raw.replace(b'"layers": 1', b'"layers": 0'), "t5.pt: its config does not describe a T5Encoder"),
+    ("config.json", lambda raw: raw.replace(b'"clip_length": 16', b'"clip_length": 32'), "clip_length is 32 tokens, its clip_l has positions for 16"),
     ("config.json", lambda raw: raw.replace(b"rf/", b"fr/"), "unknown formulation 'fr/lognorm(0.00,1.00)'"),
     ("clip_tokenizer/vocab.json", lambda raw: raw[:100], "vocab.json is not a JSON file"),
     ("t5_tokenizer/tokenizer.json", None, "tokenizer.json")])
@@ -302,6 +323,9 @@ def test_damaged_weights_are_named_and_nothing_is_written(refused, bundle, tmp_p
 def test_weights_of_another_model(refused, tiny, tmp_path):
     checkpoint.save_checkpoint(tmp_path / "other.ckpt", {"weight": torch.ones(3)})
     assert "other.ckpt is of another architecture" in refused("sample.py", "--prompt", A, "--weights", tiny, "--mmdit", tmp_path / "other.ckpt", "--out", tmp_path / "x.png")
+    checkpoint.save_checkpoint(tmp_path / "other.ckpt", {"ema": {}, "config": {"formulation": "v/cos"}})
+    assert "other.ckpt was trained as v/cos, which the bundle, rf/lognorm(0.00,1.00), does not sample" in refused(
+        "sample.py", "--prompt", A, "--weights", tiny, "--mmdit", tmp_path / "other.ckpt", "--out", tmp_path / "x.png")
     checkpoint.save_checkpoint(tmp_path / "other.ckpt", [1, 2])
     assert "other.ckpt holds no weights" in refused("sample.py", "--prompt", A, "--weights", tiny, "--mmdit", tmp_path / "other.ckpt", "--out", tmp_path / "x.png")
 
@@ -384,6 +408,8 @@ def test_edit_image_from_the_command_line(cli, refused, tiny, tmp_path):
         assert status == 0, errors
         return np.asarray(Image.open(tmp_path / "out.png"))
     plain, image, more = drawn("--edit-image", picture), drawn("--edit-image", picture, "--image-cfg", 4), drawn("--edit-image", picture, "--cfg", 5)
+    by_text, from_text = (drawn("--edit-image", picture, "--cfg", 1, "--image-cfg", 3, *flags) for flags in ((), ("--negative-prompt", "make it blue")))
+    assert (by_text != from_text).any()                                           # the picture alone guides: away from what the text says
     assert plain.shape == (32, 48, 3) and len({x.tobytes() for x in (plain, image, more)}) == 3
     assert (drawn("--edit-image", picture, "--num", 2)[:, :48] == plain).mean() > 0.99
     assert drawn().shape == (32, 32, 3)                                           # no picture: as in training without it
