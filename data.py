@@ -251,9 +251,10 @@ class Folder(Pictures):
         return self.cropped(path, index, path, self.captions(index))
 
 
-def every_20th(items, split):
-    """The split of a list: every 20th item is for validation; of fewer than 20, all are for both."""
-    return [item for i, item in enumerate(items) if len(items) < 20 or (i % 20 == 19) == (split != "train")]
+def every_20th(items, split, column=0):
+    """The split of a list of tuples: those with every 20th entry of `column` are for validation, so that what has two captions is in one split; of fewer than 20 entries, all are for both."""
+    number = {entry: i for i, entry in enumerate(dict.fromkeys(item[column] for item in items))}
+    return [item for item in items if len(number) < 20 or (number[item[column]] % 20 == 19) == (split != "train")]
 
 
 def photo_of(names, seed):
@@ -268,6 +269,7 @@ class Couples(Folder):
     dataset[i].image has both, side by side on the channels: (H, W, 6) uint8, or (2C, h, w) float32 of latents."""
 
     KEYS = "text", "first", "second"
+    SPLIT_BY = 0                            # of (first, second, text)
     SUFFIXES = {*Folder.SUFFIXES, ".npy"}
     options = "buckets", "upscale"
 
@@ -279,7 +281,7 @@ class Couples(Folder):
         if not found:
             text, *files = self.KEYS
             raise ValueError(f"{path} holds no {text} with two pictures (lines of {', '.join(self.KEYS)}, or files name.txt, name.{files[0]}.png, name.{files[1]}.png)")
-        self.items = every_20th(found, split)
+        self.items = every_20th(found, split, self.SPLIT_BY)
         if buckets:
             self.arrange(self.in_buckets(*self.measured()), range(len(self.items)))
 
@@ -336,11 +338,13 @@ def latent_file(path):
 class Pairs(Couples):
     """What is preferred over what for a prompt (App. C)."""
     KEYS = "prompt", "chosen", "rejected"
+    SPLIT_BY = 2
 
 
 class Edits(Couples):
     """What an instruction makes of a picture (App. D)."""
     KEYS = "instruction", "edited", "image"
+    SPLIT_BY = 1
 
 
 class ImageNet(Folder):
@@ -481,10 +485,10 @@ class Tar(Pictures):
         return self.cropped(io.BytesIO(image), index, name, captions)
 
 
-def held_out_end(n, split):
-    """The range of n items that a split trains on: validation has the last 20th, 4096 at most; of fewer than 20, all are for both."""
-    held_out = min(n // 20, 4096)
-    return range(n) if not held_out else range(n - held_out) if split == "train" else range(n - held_out, n)
+def held_out_end(n, split, start=0, total=0):
+    """The range of n items, those from `start` on of `total`, that a split trains on: validation has the last 20th, 4096 at most; of fewer than 20 in all, all are for both."""
+    held_out = min((start + n) // 20 - start // 20, 4096)
+    return range(n) if (total or n) < 20 else range(n - held_out) if split == "train" else range(n - held_out, n)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -499,16 +503,21 @@ class Latents(Dataset):
         self.folder = Path(folder)
         if not (self.folder / "index.json").is_file():
             raise ValueError(f"{folder} holds no latents, or only a part: `python data.py precompute --out {folder} ...` makes them, and goes on where it stopped")
-        self.about = json.loads((self.folder / "index.json").read_text())
-        if not width == height == self.about["resolution"]:
-            raise ValueError(f"{folder} holds latents of pictures at --resolution {self.about['resolution']}, not {width} x {height}")
-        self.skipped = self.about["skipped"]
-        self.ends = np.cumsum([n for n, _ in self.about["shards"]])
+        try:
+            self.about = json.loads((self.folder / "index.json").read_text())
+            resolution, self.skipped, _ = (self.about[name] for name in ("resolution", "skipped", "fingerprint"))
+            sizes = [(int(n), size) for n, size in self.about["shards"]]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{folder}/index.json is not what `python data.py precompute` wrote") from None
+        if not width == height == resolution:
+            raise ValueError(f"{folder} holds latents of pictures at --resolution {resolution}, not {width} x {height}")
+        self.ends = np.cumsum([n for n, _ in sizes])
         self.groups, start = [], 0
-        for _, shards in itertools.groupby(self.about["shards"], lambda shard: shard[1]):   # shards of one size lie side by side
+        for _, shards in itertools.groupby(sizes, lambda shard: shard[1]):   # shards of one size lie side by side
             n = sum(samples for samples, _ in shards)
-            part = held_out_end(n, split)
-            self.groups.append(range(start + part.start, start + part.stop))
+            part = held_out_end(n, split, start, len(self))
+            if len(part):
+                self.groups.append(range(start + part.start, start + part.stop))
             start += n
 
     def __len__(self):

@@ -35,9 +35,9 @@ import train
 from config import check_least, flag, one_line_errors, parse_config, subcommand
 from data import Latents, open_data
 from flow import formulation, shift
-from pipeline import check_fingerprint, claim, conditioned_batches, count
+from pipeline import check_fingerprint, claim, conditioned_batches, held_out_batches
 from runs import Run
-from sample import check_device, check_prompts, check_size, from_uint8, generate, grid, save_png
+from sample import check_device, check_prompts, check_size, from_uint8, generate, grid, save_png, settled
 from train import TrainConfig
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def align(cfg):
     form, alpha, config = formulation(bundle.config["formulation"]), bundle.config["shift"], bundle.part("mmdit").config
     ours = isinstance(bundle.part("mmdit"), checkpoint.BundlePart)          # released weights get their LoRA alone
     if ours and not distributed.rank():
-        checkpoint.copy_parts(cfg.weights, out)
+        checkpoint.copy_parts(cfg.weights, out, (*train.FROZEN, "config"))
     torch.manual_seed(cfg.seed)
     bundle.mmdit = add_lora(bundle.mmdit, cfg.rank, cfg.alpha)
     bundle.mmdit.checkpointing = cfg.checkpointing
@@ -211,14 +211,13 @@ def align(cfg):
         margin, drift = compared(model, *columns)
         return -F.logsigmoid(margin).mean(), logged(margin.detach(), drift)
 
-    n = min(256, count(held_out))
-    validation = next(conditioned_batches(held_out, bundle, replace(cfg, workers=0, batch_size=n, chunk=n)))
-    validation = *validation, *noise_for(validation[0], n, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    validation = [(*batch, *noise_for(batch[0], len(batch[0]), generator)) for batch in held_out_batches(held_out, bundle, cfg, 256)]
     prompts = train.fixed_prompts(cfg, held_out)
 
     @torch.no_grad()
     def validate(model, step):
-        margin, drift = (torch.cat(rows) for rows in zip(*(compared(model, *columns) for columns in zip(*(x.split(16) for x in validation)))))
+        margin, drift = (torch.cat(rows) for rows in zip(*(compared(model, *columns) for batch in validation for columns in zip(*(x.split(16) for x in batch)))))
         bundle.mmdit = model
         save_png(grid(generate(bundle, prompts)), out / f"grid-{step:07}.png", {"step": step, "prompts": "\n".join(prompts)})
         save_lora(out / "lora.safetensors", model)
@@ -398,10 +397,12 @@ def batches(tasks, sizes, start, most):
     return found
 
 
-def judge_of(cfg, tasks):
+def judge_of(cfg, bundle, tasks):
     judge = cfg.judge if cfg.judge != "auto" else "detector" if tasks[0].wanted else "clip"
     if judge == "detector" and not tasks[0].wanted:
         raise ValueError("--judge detector knows what prompts of `shapes` want, not those of --prompts-file: take another")
+    if judge == "clip" and not (bundle.folder / "clip_image.json").exists():
+        raise ValueError(f"{bundle.folder} holds no clip_image, by which --judge clip sees pictures")
     return judge
 
 
@@ -411,7 +412,8 @@ def make_pairs(cfg):
     check_device(cfg.device)
     bundle, out = checkpoint.load_bundle(cfg.weights, cfg.device), Path(cfg.out)
     todo, sizes = tasks_of(cfg, bundle, 1000 + cfg.seed), sizes_of(cfg.sizes)
-    judge = judge_of(cfg, todo)
+    judge = judge_of(cfg, bundle, todo)
+    settled(bundle.config, cfg.steps, cfg.cfg, 0, "", -1, -1)               # refuses before the folder is claimed
     claim(out, {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("out", "device", "batch_size")})
     done = Run.read(out / "judged.jsonl")
     parts = batches(todo, sizes, len(done), max(cfg.batch_size // cfg.samples, 1))
@@ -479,7 +481,7 @@ def compare(cfg):
     check_device(cfg.device)
     after, before = (checkpoint.load_bundle(path, cfg.device) for path in (cfg.weights, cfg.base))
     todo = tasks_of(cfg, before, 2000 + cfg.seed)
-    judge, rows = judge_of(cfg, todo), []
+    judge, rows = judge_of(cfg, before, todo), []
     for number, task in enumerate(tqdm(todo, "compare", unit="prompt", disable=not sys.stderr.isatty())):
         seed = (2000 + cfg.seed) * 1_000_003 + number * cfg.samples
         both = [generate(bundle, [task.prompt] * cfg.samples, seed=seed, steps=cfg.steps, cfg=cfg.cfg) for bundle in (after, before)]

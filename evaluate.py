@@ -145,17 +145,6 @@ def shows(scene, background, things, tolerance=0.2, loose=()):
     return not left and background == scene.background
 
 
-def apart(mask, distance, cell):
-    """The things of one component. One wider or higher than any shape is cut where blurred rims meet: where little of a pixel is covered."""
-    extent = max(np.ptp(axis) + 1 for axis in np.nonzero(mask))
-    for share in (0.5, 0.65, 0.8) if extent > 1.1 * cell else ():
-        parts = components(mask & (distance > share * np.quantile(distance[mask], 0.9)))
-        parts = [part for part in parts if part.sum() > 0.2 * mask.sum()]  # not the counters of a sign's letters
-        if len(parts) > 1:
-            return parts
-    return [mask]
-
-
 def components(mask):
     """The connected components (4 neighbours) of a boolean array, each as a boolean array of the same shape."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
@@ -417,9 +406,9 @@ def edits(bundle, n, level="lattice", seed=0, batch_size=64, **settings):
 # The frozen parts, on held-out scenes
 
 
-def held_out(level, n, resolution):
+def held_out(level, n, width, height):
     """(scenes, images (N, 3, H, W) in [-1, 1], synthetic captions) of the validation split of shapes."""
-    world = Shapes(level, resolution, resolution, split="val")
+    world = Shapes(level, width, height, split="val")
     samples = [world[i] for i in range(n)]
     return [world.scene(i)[0] for i in range(n)], to_tensor(samples), [sample.synthetic for sample in samples]
 
@@ -427,7 +416,7 @@ def held_out(level, n, resolution):
 @torch.inference_mode()
 def autoencoder(bundle, level, n=256):
     """{'psnr': mean dB, 'detector': share of reconstructions that the detector reads just as the scene}."""
-    scenes, images, _ = held_out(level, n, bundle.config["resolution"])
+    scenes, images, _ = held_out(level, n, *[bundle.config["resolution"]] * 2)
     recon = torch.cat([bundle.vae.decode(bundle.vae.to_latents(batch, sample=False)).clamp(-1, 1) for batch in images.split(64)])
     right = [shows(scene, *detect(image.numpy())) for scene, image in zip(scenes, to_uint8(recon))]
     return {"psnr": psnr(recon, images).mean().item(), "detector": float(np.mean(right))}
@@ -445,7 +434,7 @@ def clip_features(bundle, images, captions):
 
 def clip_and_fid(bundle, level, n=512, seed=0, **settings):
     """{'retrieval': 64-way on true pictures, 'clip_score': of samples, 'fid': of samples against true pictures, both of held-out captions}."""
-    _, images, captions = held_out(level, n, bundle.config["resolution"])
+    _, images, captions = held_out(level, n, *(settings.get(side) or bundle.config["resolution"] for side in ("width", "height")))
     real, text = clip_features(bundle, images, captions)
     samples = torch.cat([generate(bundle, captions[i:i + 128], seed=seed + i, **settings) for i in range(0, n, 128)])
     fake, _ = clip_features(bundle, from_uint8(samples), captions)

@@ -5,6 +5,7 @@ number of processes (`rank` of `world` takes every world-th sample of a batch), 
 """
 
 import contextlib
+import copy
 import hashlib
 import heapq
 import itertools
@@ -88,6 +89,10 @@ def report_skipped(most=20):
         SKIPPED.clear()
 
 
+class NothingReadable(ValueError):
+    """In a group of pictures."""
+
+
 class Reader:
     """key -> (read(dataset, item, rng), {what was skipped: why}), for the worker processes. In place of an unreadable item comes another of its group, drawn
     from the seed and the position; (None, ...) after `attempts`."""
@@ -117,9 +122,13 @@ def collate(stack, rows):
 
 @contextlib.contextmanager
 def dead_workers_named():
-    """A worker process that dies is one line; what it read is read again after --resume."""
+    """A worker process that refuses or dies is one line; what it read is read again after --resume."""
     try:
         yield
+    except NothingReadable:
+        raise
+    except ValueError as error:                         # before what was said torch puts the worker's traceback
+        raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -146,7 +155,7 @@ def loaded(dataset, read, cfg, batch_size, start=0, rank=0, world=1, stack=list)
         for batch, skipped in loader:
             SKIPPED.update(skipped)
             if batch is None:
-                raise ValueError(f"100 pictures in a row cannot be read, one of them {next(iter(skipped))} ({skipped[next(iter(skipped))]})")
+                raise NothingReadable(f"100 pictures in a row cannot be read, one of them {next(iter(skipped))} ({skipped[next(iter(skipped))]})")
             yield batch
 
 
@@ -281,6 +290,19 @@ def conditioned_batches(dataset, bundle, cfg, start=0, rank=0, world=1):
         yield latents, context.float(), pooled
 
 
+def held_out_batches(dataset, bundle, cfg, most):
+    """A batch of each group, its share of `most` samples rounded up, as `conditioned_batches` has it; no sample is there twice."""
+    total, found = count(dataset), []
+    for items in dataset.groups:
+        one, n = copy.copy(dataset), min(-(-most * len(items) // total), len(items))
+        one.groups = [items]
+        with contextlib.suppress(NothingReadable):
+            found.append(next(conditioned_batches(one, bundle, replace(cfg, workers=0, batch_size=n, chunk=n))))
+    if not found:
+        raise NothingReadable(f"{cfg.data}: no picture of its validation split can be read")
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Latents and embeddings on disk
 
@@ -370,13 +392,13 @@ def write_shard(folder, bundle, batches, cfg, bar):
             latents.append(latents_of(bundle, samples, to_tensor(samples), cfg))
             captions += [(sample.original, sample.synthetic) for sample in samples]
         bar.update(len(rows))
-    if not captions:
-        raise ValueError(f"none of the {len(skipped)} pictures of a shard can be read, the first is {next(iter(skipped.items()), '')}")
     unique = {text: row for row, text in enumerate(dict.fromkeys(text for pair in captions for text in pair if text))}
-    context, pooled = encode_captions(bundle, list(unique), cfg)
-    sizes = bundle.text.sizes
-    text = np.array([[unique.get(caption, -1) for caption in pair] for pair in captions], np.int32)
-    arrays = torch.cat(latents), text, context[:, :sizes.clip_length, :sizes.clip_l + sizes.clip_g], context[:, sizes.clip_length:], pooled
+    arrays = ()                                                                   # no picture can be read
+    if captions:
+        context, pooled = encode_captions(bundle, list(unique), cfg)
+        sizes = bundle.text.sizes
+        text = np.array([[unique.get(caption, -1) for caption in pair] for pair in captions], np.int32)
+        arrays = torch.cat(latents), text, context[:, :sizes.clip_length, :sizes.clip_l + sizes.clip_g], context[:, sizes.clip_length:], pooled
 
     def save(temporary):
         for name, array in zip(LATENT_ARRAYS, arrays):
@@ -387,8 +409,10 @@ def write_shard(folder, bundle, batches, cfg, bar):
 
 def finish(out, shards, skipped):
     """All shards are whole: writes index.json, which Latents looks for, and says what was made and what was left out."""
-    shapes = [np.load(shard / "latents.npy", mmap_mode="r").shape for shard in shards]
+    shapes = [np.load(shard / "latents.npy", mmap_mode="r").shape if (shard / "latents.npy").exists() else (0, 0, 0, 0) for shard in shards]
     skipped = {**skipped, **{name: why for shard in shards for name, why in checkpoint.read_json(shard / "shard.json")["skipped"].items()}}
+    if not any(n for n, *_ in shapes):
+        raise ValueError(f"none of {len(skipped)} pictures can be read, the first is {next(iter(skipped.items()), '')}")
     checkpoint.write_json(out / "index.json", {**checkpoint.read_json(out / "settings.json"), "shards": [(shape[0], shape[2:]) for shape in shapes], "skipped": skipped})
     pictures, size = sum(shape[0] for shape in shapes), sum(file.stat().st_size for shard in shards for file in shard.iterdir())
     print(f"{out}: {pictures} pictures in {len(shards)} shards, {size / pictures / 1000:.1f} kB each")
@@ -444,6 +468,7 @@ def cluster(embeddings, k, seed, rounds=10, per_cluster=256):
 def dedup(cfg):
     """The command `python data.py dedup`: writes a report with the groups of duplicates, the item to keep first in each."""
     begun = time.time()
+    check_least(cfg, threads=0)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     try:

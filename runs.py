@@ -42,6 +42,8 @@ class Run:
         done, made = self.done(), max(self.checkpoints(), default=0)
         if not self.cfg.resume and (made or done):
             raise ValueError(f"{self.folder} holds a run of stage {self.cfg.stage}: --resume goes on with it, another --out starts afresh")
+        if self.cfg.stage not in ("vae", "clip", "t5") and (self.folder / "mmdit.pt").exists() and not any(row["stage"] == self.cfg.stage for row in self.rows()):
+            raise ValueError(f"{self.folder} holds an MM-DiT that no run of stage {self.cfg.stage} made: another --out is needed")
         if made > self.cfg.steps and not done:
             raise ValueError(f"--steps is {self.cfg.steps}, {self.latest()} is further")
 

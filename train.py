@@ -41,13 +41,13 @@ class TrainConfig:
     batch_size: int = flag(0, "samples a step, over all processes; 0: the stage's default", "optimization")
     grad_accum: int = flag(1, "micro-batches that a process's part of the batch is cut into: less memory, the same training", "optimization")
     lr: float = flag(0.0, "learning rate of AdamW; 0: the stage's default", "optimization")
-    optimizer: str = flag("auto", "muon: on the hidden matrices, with AdamW on the rest; adamw: on all; auto: muon, for stage clip adamw", "optimization", choices=("auto", "muon", "adamw"))
+    optimizer: str = flag("auto", "muon: on the hidden matrices, AdamW on the rest; adamw: on all; auto: muon; clip in auto and stage all: adamw", "optimization", choices=("auto", "muon", "adamw"))
     muon_lr: float = flag(0.0, "learning rate of Muon; 0: the stage's default", "optimization")
     warmup: int = flag(100, "steps of linear warm-up", "optimization")
     lr_schedule: str = flag("linear", "how the learning rate falls to zero over the last steps, or not", "optimization", choices=("constant", "linear", "cosine"))
     decay: float = flag(0.7, "last share of the steps, over which the learning rate falls to zero", "optimization")
     weight_decay: float = flag(0.0, "of all weights, a share of the learning rate a step", "optimization")
-    clip_grad: float = flag(1.0, "largest norm of the gradient", "optimization")
+    clip_grad: float = flag(1.0, "largest norm of the gradient; 0: any", "optimization")
     ema_decay: float = flag(0.998, "of the averaged weights, a step; App. B.3's 0.99 every 100 steps is 0.9999 with --ema-every 100", "optimization")
     ema_every: int = flag(1, "steps between updates of the averaged weights", "optimization")
     max_bad_steps: int = flag(10, "steps skipped for a loss or gradient that is not finite, before the run ends", "optimization")
@@ -124,7 +124,7 @@ from data import Latents, open_data
 from flow import RectifiedFlow, formulation, shift, shift_alpha
 from mmdit import MMDiT, fit_qk_norms, grown
 from optim import make_optimizers, set_rates, update_average, whole
-from pipeline import autocast, batches, caption_batches, check_fingerprint, conditioned_batches, count, first, first_captions, precision, report_skipped
+from pipeline import autocast, batches, caption_batches, check_fingerprint, conditioned_batches, first, first_captions, held_out_batches, precision, report_skipped
 from plan import counted_step, plan
 from runs import Meter, Run, plot
 from sample import check_device, check_size, generate, grid, latent_channels, save_png, to_uint8
@@ -251,7 +251,7 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
             module.zero_grad(set_to_none=True)
             with watched(module, cfg.watch_every and (step + 1) % cfg.watch_every == 0 and isinstance(module, MMDiT)) as attentions:
                 loss, values = gradients(network, columns, cfg)
-            norm = distributed.clip_gradients(module, cfg.clip_grad).item()
+            norm = distributed.clip_gradients(module, cfg.clip_grad or math.inf).item()
             loss, stopping = distributed.mean([loss, bool(signals)], cfg.device)   # the same in all processes: they stop at one step
             step += 1
             if finite := math.isfinite(loss) and math.isfinite(norm):
@@ -590,14 +590,15 @@ def train_mmdit(cfg):
     model = MMDiT(**model_config, attention=cfg.attention)
     start_from(cfg, "mmdit", model, *[grown] * (cfg.stage in FROM_A_MODEL))
     model.checkpointing = cfg.checkpointing
-    latents, *text = validation_batch(cfg, held_out, bundle, model_config["in_channels"])
-    add_qk_norms(cfg, model, latents, *text, form)
+    validation = validation_batches(cfg, held_out, bundle, model_config["in_channels"])
+    add_qk_norms(cfg, model, *validation[0], form)
     draw, loss_of = flow_matching(cfg, bundle, form, torch.compile(model) if cfg.compile else model, channels)
     prompts, shown = fixed_edits(cfg, bundle, held_out, channels) if cfg.stage == "edit" else (fixed_prompts(cfg, held_out), None)
 
     def validate(model, step):
         alpha = cfg.shift if cfg.stage in FROM_A_MODEL else 1.0
-        levels = evaluate.validation_loss(in_parts(cfg, model, form, latents[:, channels:]), form, latents[:, :channels], *text, alpha=alpha)
+        levels = np.average([evaluate.validation_loss(in_parts(cfg, model, form, latents[:, channels:]), form, latents[:, :channels], *text, alpha=alpha)
+                             for latents, *text in validation], 0, [len(latents) for latents, *_ in validation]).tolist()
         bundle.mmdit = model
         save_png(grid(drawn(bundle, prompts, shown)), Path(cfg.out) / f"grid-{step:07}.png", {"step": step, "prompts": "\n".join(prompts)})
         checkpoint.save_part(cfg.out, "mmdit", model, model_config)
@@ -613,7 +614,8 @@ def flow_matching(cfg, bundle, form, network, channels):
     def draw(batch, generator):
         kept = bundle.text.kept(cfg.batch_size, cfg.text_dropout, generator)
         size = batch[0].shape[2:]
-        t = shift(form.sample_t(cfg.batch_size, generator), cfg.shift * shift_alpha(math.prod(size), (cfg.resolution // 8) ** 2))      # m: this batch's
+        alpha = shift_alpha(math.prod(size), (cfg.resolution // 8) ** 2) if straight(cfg.formulation) else 1.0      # m: this batch's
+        t = shift(form.sample_t(cfg.batch_size, generator), cfg.shift * alpha)
         noise = torch.randn(cfg.batch_size, channels, *size, generator=generator)
         seen = torch.rand(cfg.batch_size, generator=generator) >= cfg.image_dropout      # drawn last: other stages' numbers are the same without
         return *batch, *map(distributed.own, (kept, t, noise, seen))
@@ -631,13 +633,12 @@ def flow_matching(cfg, bundle, form, network, channels):
     return draw, loss_of
 
 
-def validation_batch(cfg, held_out, bundle, in_channels):
-    """(latents, context, pooled) of at most 512 samples."""
-    n = min(512, count(held_out))
-    batch = next(conditioned_batches(held_out, bundle, replace(cfg, workers=0, batch_size=n, chunk=n)))
-    if batch[0].shape[1] != in_channels:
-        raise ValueError(f"{cfg.data} has {batch[0].shape[1]} channels of latents a sample; --stage {cfg.stage} takes {in_channels}, of {2 if cfg.stage == 'edit' else 1} picture(s)")
-    return batch
+def validation_batches(cfg, held_out, bundle, in_channels):
+    """[(latents, context, pooled)] of about 512 samples at most, one of each size of picture."""
+    found = held_out_batches(held_out, bundle, cfg, 512)
+    if found[0][0].shape[1] != in_channels:
+        raise ValueError(f"{cfg.data} has {found[0][0].shape[1]} channels of latents a sample; --stage {cfg.stage} takes {in_channels}, of {2 if cfg.stage == 'edit' else 1} picture(s)")
+    return found
 
 
 def in_parts(cfg, model, form, source):
@@ -684,8 +685,13 @@ def check(cfg, processes):
             check_size(side, side)
     formulation(cfg.formulation)
     check_least(cfg, steps=1, batch_size=1, depth=1, weight_sets=1, latent_channels=1, text_width=32, clip_length=3, t5_length=3, chunk=cfg.batch_size, reuse=1, workers=0,
-                eval_every=1, log_every=1, seed=0, threads=0, grad_accum=1, ema_every=1, max_bad_steps=0, checkpoint_every=0, keep=1, milestone_every=0, watch_every=0,
-                processes=1, memory=0, peak=0)
+                eval_every=1, log_every=1, seed=0, grad_accum=1, ema_every=1, max_bad_steps=0, checkpoint_every=0, keep=1, milestone_every=0, watch_every=0,
+                processes=1, memory=0, peak=0, clip_grad=0)
+    for name in "text_dropout", "image_dropout", "synthetic_share":
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it is a share, in 0..1")
+    if not 0 <= cfg.shift <= 100:
+        raise ValueError(f"--shift is {cfg.shift}; it must be above 0, which is the default, and at most 100")
     if cfg.stage not in OF_THE_MMDIT and cfg.data.startswith("latents:"):
         raise ValueError(f"--stage {cfg.stage} needs pictures; {cfg.data} is for pretrain")
     kind = cfg.data.partition(":")[0]
@@ -712,6 +718,7 @@ def main():
 
 def begin(cfg, train):
     """Sets up this machine, joins the other processes, and trains."""
+    check_least(cfg, threads=0)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.plan:
@@ -728,6 +735,8 @@ def train(cfg):
         runs.append(Run(inherited(own) if stage in FROM_A_MODEL else own))
         check(runs[-1].cfg, distributed.world())
         runs[-1].check_folder()
+    if len(runs) > 1 or cfg.data.startswith("shapes"):
+        open_split(runs[-1].cfg, "train")               # what the last stage refuses it refuses now; the frozen parts take `shapes` of every level
     carry_out(runs, TRAIN)
 
 

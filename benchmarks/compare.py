@@ -1,4 +1,4 @@
-"""Ours beside diffusers' (and transformers', lucidrains') in one process: the same weights, the same inputs, outputs checked equal before anything is timed.
+"""Ours beside diffusers' (and transformers', lucidrains') in one process: the same weights, the same inputs, outputs checked equal (the optimizer step has none) before anything is timed.
 
     python benchmarks/compare.py                     # every row, about an hour on 2 cores
     python benchmarks/compare.py --rows "train,sample" --repeats 5
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import flag, one_line_errors, parse_config
+from config import check_least, flag, one_line_errors, parse_config
 
 
 @dataclass
@@ -383,6 +383,7 @@ def draw(rows, path):
 
 def main():
     cfg = CONFIG
+    check_least(cfg, threads=1)
     torch.set_num_threads(cfg.threads)
     words = list(filter(None, cfg.rows.split(",")))
     chosen = [name for name in ROWS if not words or any(word.strip() in name for word in words)]

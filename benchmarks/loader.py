@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from config import flag, one_line_errors, parse_config  # noqa: E402
+from config import check_least, flag, one_line_errors, parse_config  # noqa: E402
 
 
 @dataclass
@@ -70,6 +70,7 @@ def main(cfg):
     from data import open_data
     from pipeline import conditioned_batches, precision
     from train import TrainConfig
+    check_least(cfg, threads=1)
     torch.set_num_threads(cfg.threads)
     bundle = checkpoint.load_bundle(cfg.weights)
     run = replace(TrainConfig(), stage="pretrain", batch_size=cfg.batch_size, workers=cfg.workers, lr=1e-3, muon_lr=0.01, steps=1000, device="cpu", resolution=bundle.config["resolution"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import flag, one_line_errors, parse_config  # noqa: E402
+from config import check_least, flag, one_line_errors, parse_config  # noqa: E402
 
 
 @dataclass
@@ -36,6 +36,7 @@ def main(cfg):
     from sample import generate, grid, save_png
     from shapes import article
 
+    check_least(cfg, samples=10, epochs=1)
     torch.manual_seed(cfg.seed)
     net = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
                         nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 10))

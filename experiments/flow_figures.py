@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from checkpoint import write, write_json
 from flow import formulation
 from samplers import sample_dpmpp_2m, timesteps_log_snr
 
@@ -110,8 +111,8 @@ def main():
     draw_weights(axes[0, 3], numbers["weights"])
     draw_paths(axes[1], numbers["paths"])
     OUT.parent.mkdir(exist_ok=True)
-    figure.savefig(OUT.with_suffix(".png"), dpi=90)
-    OUT.with_suffix(".json").write_text(json.dumps(numbers, indent=1))
+    write(OUT.with_suffix(".png"), lambda temporary: figure.savefig(temporary, dpi=90))
+    write_json(OUT.with_suffix(".json"), numbers)
     print(json.dumps(numbers["paths"], indent=1), f"\nwritten: {OUT}.png, {OUT}.json")
 
 

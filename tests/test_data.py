@@ -244,6 +244,18 @@ def triples(tmp_path):
     return tmp_path
 
 
+def test_what_belongs_together_is_in_one_split(tmp_path):
+    """Captions of one picture, edits of one picture, preferences of one prompt."""
+    def splits(spec, column):
+        train, val = ({item[column] for item in open_data(f"{spec}:{tmp_path}", split=split).items} for split in ("train", "val"))
+        assert len(train) == 38 and len(val) == 2 and not train & val
+    for spec, line, column in (("folder", {"file_name": "{0}.png", "text": "{0} {1}"}, 0), ("edits", {"instruction": "{1}", "edited": "{0}-{1}.png", "image": "{0}.png"}, 1),
+                               ("pairs", {"prompt": "{0}", "chosen": "{0}-{1}.png", "rejected": "{1}-{0}.png"}, 2)):
+        rows = [{key: text.format(f"{i:02}", k) for key, text in line.items()} for i in range(40) for k in range(3)]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        splits(spec, column)
+
+
 def test_edits_in_a_folder_or_in_lines(triples):
     folder = open_data(f"edits:{triples}", 32, 32)
     assert len(folder) == 3 and folder.captions(1) == ("make it 1", "")

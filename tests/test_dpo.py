@@ -125,7 +125,8 @@ def lora_file(path, layer="transformer.transformer_blocks.1.attn.to_k", out=128,
 
 
 @pytest.mark.parametrize("told, factor", [({}, 1.0), ({"extra": {"transformer.transformer_blocks.1.attn.to_k.alpha": torch.tensor(5.0)}}, 2.5),
-                                          ({"metadata": {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 1, "transformer.r": 2})}}, 0.5)])
+                                          ({"metadata": {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 1, "transformer.r": 2})}}, 0.5),
+                                          ({"metadata": {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 1, "transformer.use_rslora": True})}}, 0.5 ** 0.5)])
 def test_rows_and_scale_of_one_layer(tmp_path, told, factor):
     """k is the middle third of our qkv; alpha / rank is in the file, as a tensor or in its header."""
     update = lora_file(tmp_path / "x.safetensors", **told)
@@ -152,6 +153,7 @@ def test_loras_of_other_models_are_named(tmp_path, tiny):
     refused("the LoRA is of another size: transformer_blocks.1.attn.to_k is 64 x 128, the model has 128 x 128", out=64)
     refused("is for unet.x, which is no layer of SD3's", layer="unet.x")
     refused("no LoRA in PEFT's layout: a.lora_down.weight is missing or unknown", extra={"a.lora_down.weight": torch.ones(1)})
+    refused("its alpha cannot be used: it differs between the layers", metadata={"lora_adapter_metadata": json.dumps({"transformer.alpha_pattern": {"to_k": 3}})})
     checkpoint.write_safetensors(path, {"a": torch.ones(1)})
     with pytest.raises(ValueError, match="x.safetensors is no LoRA in PEFT's layout"):
         load_bundle(tiny, loras=[(path, 1.0)])
@@ -295,6 +297,26 @@ def test_training_starts_at_log_2_and_raises_the_margin(align, tiny):
     with torch.no_grad():
         outs = [bundle.mmdit(*inputs) for bundle in (base, aligned, with_lora)]
     assert torch.allclose(outs[1], outs[2], atol=2e-2) and (outs[0] - outs[1]).abs().max() > 0.1      # the merged weights are stored in half precision
+
+
+def test_another_bundle_is_not_overwritten(align, tiny, tmp_path):
+    checkpoint.copy_parts(tiny, tmp_path / "mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="mine holds an MM-DiT that no run of stage dpo made"):
+            align("mine", steps=1, resume=resume)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+
+
+def test_pairs_of_every_size_are_validated_on(align, preferences):
+    for path in sorted(preferences.glob("[0-3]-*.png")):
+        Image.open(path).resize((16, 48)).save(path)
+    seen = []
+    plain = dpo.preference
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo, "preference", lambda model, reference, form, chosen, *a: seen.append(tuple(chosen.shape)) or plain(model, reference, form, chosen, *a))
+        align("dpo", steps=1, eval_every=1, buckets=True)
+    assert seen[1:] == [(8, 4, 4, 4), (4, 4, 6, 2)] or seen[1:] == [(4, 4, 6, 2), (8, 4, 4, 4)]
 
 
 def test_a_resumed_alignment_ends_as_an_undisturbed_one(align, tmp_path, monkeypatch, tiny):
@@ -461,6 +483,7 @@ def test_make_pairs_by_a_person(tiny, tmp_path, monkeypatch, capsys):
     (["train", "--pairs", "p.jsonl", "--depth", "4"], "unknown flag --depth"),
     (["make-pairs", "--samples", "1"], "--samples is 1; the least is 2"),
     (["make-pairs"], "is of no `shapes`"), (["compare", "--base", "absent"], "absent is no bundle folder"), (["compare", "--judge", "person"], "'person' is not one of"),
+    (["make-pairs", "--judge", "clip", "--prompts-file", "p.jsonl"], "holds no clip_image"), (["make-pairs", "--judge", "person", "--prompts-file", "p.jsonl", "--steps", "2000"], "steps is 2000"),
     (["make-pairs", "--judge", "detector", "--prompts-file", "p.jsonl"], "--judge detector knows what prompts of `shapes` want")])
 def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, monkeypatch, arguments, reason):
     monkeypatch.chdir(tmp_path)

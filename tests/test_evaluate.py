@@ -278,6 +278,8 @@ def test_clip_features_and_fid_of_a_bundle(tiny, tmp_path):
     assert 0 <= scores["retrieval"] < 0.2 and abs(scores["clip_score"]) < 1 and scores["fid"] > 1e-3
     other = evaluate.clip_and_fid(bundle, "lattice", n=64, steps=1)
     assert other["fid"] != scores["fid"] and other["clip_score_real"] == scores["clip_score_real"]
+    wide = evaluate.clip_and_fid(bundle, "lattice", n=64, steps=1, width=64, height=32)      # beside true pictures of that size
+    assert wide["clip_score_real"] != scores["clip_score_real"]
 
 
 # ---- CLIP's image tower

@@ -328,6 +328,36 @@ def test_buckets_and_shapes_are_precomputed(tiny, tmp_path):
     assert len(Latents(tmp_path / "drawn", 32, 32)) == 10
 
 
+def test_buckets_of_few_pictures_are_held_out_in_their_turn(tiny, tmp_path):
+    """17 wide and 23 high ones, of which one wide one cannot be read although its header can; another's bucket has nothing else."""
+    for i in range(40):
+        Image.effect_noise(((64, 64), (32, 128))[i < 17], 30).convert("RGB").save(tmp_path / f"{i:02}.png")
+        (tmp_path / f"{i:02}.txt").write_text(f"noise {i}")
+    for name, size in (("05", (32, 128)), ("40", (128, 32))):
+        Image.effect_noise(size, 30).convert("RGB").save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.png").write_bytes((tmp_path / f"{name}.png").read_bytes()[:60])
+        (tmp_path / f"{name}.txt").write_text("torn")
+    run_precompute(tiny, f"folder:{tmp_path}", tmp_path / "latents", resolution=64, buckets=True, shard=4)
+    train, val = ([set(group) for group in Latents(tmp_path / "latents", 64, 64, split).groups] for split in ("train", "val"))
+    assert sum(map(len, train)) == 36 and sum(map(len, val)) == 1 and not set.union(*train) & set.union(*val)
+    found = pipeline.held_out_batches(Latents(tmp_path / "latents", 64, 64), None, cfg(), 18)
+    assert sorted(len(x) for x, *_ in found) == [8, 10] and all(len(x.flatten(1).unique(dim=0)) == len(x) for x, *_ in found)
+    index = tmp_path / "latents" / "index.json"
+    for text in ("{}", "[1]", "{"):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="index.json is not what `python data.py precompute` wrote"):
+            Latents(index.parent, 64, 64)
+    for path in tmp_path.glob("*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match="none of 39 pictures can be read"):
+        run_precompute(tiny, f"folder:{tmp_path}", tmp_path / "none", resolution=64)
+
+
+def test_what_a_worker_refuses_is_one_line(tiny, tmp_path):
+    with pytest.raises(ValueError, match="^shapes:texts has no pictures"):
+        run_precompute(tiny, "shapes:texts", tmp_path / "texts", samples=4, workers=1)
+
+
 @pytest.mark.parametrize("arguments, reason", [
     (["--data", "shapes"], "shapes never ends: --samples says how many"), (["--data", "folder:absent"], "absent is no folder"), (["--samples", "-1"], "--samples is -1; the least is 0"),
     (["--data", "latents:absent"], "holds no latents"), (["--resolution", "40"], "must be a multiple of 16"), (["--shrad", "3"], "unknown flag --shrad; did you mean --shard?"),

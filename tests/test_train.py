@@ -25,7 +25,7 @@ import sample
 import train
 from config import parse_config
 from data import Sample
-from flow import PAPER_FORMULATIONS
+from flow import PAPER_FORMULATIONS, formulation, shift
 from runs import plot
 from sample import generate
 from samplers import SAMPLERS
@@ -182,6 +182,9 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(run, tiny, tmp_path, monkeypat
     (["--bacth-size", "4"], "unknown flag --bacth-size; did you mean --batch-size?"),
     (["--resolution", "40"], "width is 40 pixels; it must be a multiple of 16"),
     (["--formulation", "rf/lognrm"], "unknown formulation 'rf/lognrm'"),
+    (["--stage", "all", "--chunk", "128", "--data", "shapes:hard"], "unknown level 'hard'"), (["--stage", "vae", "--data", "shapesX"], "unknown data 'shapesX'"),
+    (["--stage", "all", "--chunk", "128", "--data", "folder:empty", "--keep-resolution", "32"], "--keep-resolution is for shapes"), (["--threads", "-1"], "--threads is -1; the least is 0"),
+    (["--clip-grad", "-1"], "--clip-grad is -1.0; the least is 0"), (["--text-dropout", "46.4"], "--text-dropout is 46.4; it is a share, in 0..1"), (["--shift", "150"], "--shift is 150"),
     (["--depth", "0"], "--depth is 0; the least is 1"), (["--steps", "-5"], "--steps is -5; the least is 1"),
     (["--chunk", "1"], "--chunk is 1; the least is 4"), (["--weight-sets", "4"], "known are 1, 2, 3"),
     (["--grad-accum", "3"], "--batch-size is 4: it cannot be split over 1 processes and 3 micro-batches"), (["--keep", "0"], "--keep is 0; the least is 1"),
@@ -420,6 +423,19 @@ def test_gradients_are_clipped(tmp_path):
     fitted(tmp_path, 3, clip_grad=1e-12)
     norms = [row["grad_norm"] for row in rows(tmp_path, "vae") if "grad_norm" in row]
     assert len(norms) == 3 and min(norms) > 0.1                                   # what is logged is the norm before
+    large, none = (fitted(tmp_path / name, 3, clip_grad=most).state_dict() for name, most in (("large", 1e9), ("none", 0.0)))
+    assert same(large, none)
+
+
+@pytest.mark.parametrize("name, factor", [("rf/lognorm(0.00,1.00)", 0.5), ("v/cos", 1.0)])
+def test_smaller_batches_are_shifted_less_on_straight_paths(tiny, name, factor):
+    form = formulation(name)
+    draw, _ = train.flow_matching(replace(TINY, resolution=64, shift=1.0, formulation=name), checkpoint.load_bundle(tiny), form, None, 4)
+    for side, alpha in ((8, 1.0), (4, factor)):
+        t = draw((torch.zeros(4, 4, side, side),), torch.Generator().manual_seed(0))[2]
+        generator = torch.Generator().manual_seed(0)
+        checkpoint.load_bundle(tiny).text.kept(4, TINY.text_dropout, generator)
+        torch.testing.assert_close(t, shift(form.sample_t(4, generator), alpha))
 
 
 def test_muon_takes_hidden_weights_and_adamw_the_rest():
@@ -482,7 +498,7 @@ def test_readme_commands_parse():
 @pytest.fixture
 def quick(monkeypatch):
     """Without validation's pictures and scores, on 24 samples."""
-    monkeypatch.setattr(train, "count", lambda dataset: 24)
+    monkeypatch.setattr(train, "held_out_batches", lambda dataset, bundle, cfg, most: pipeline.held_out_batches(dataset, bundle, cfg, 24))
     monkeypatch.setattr(train.evaluate, "geneval", lambda *arguments: ({}, []))
     monkeypatch.setattr(train.evaluate, "edits", lambda *arguments: ({}, []))
     monkeypatch.setattr(train, "generate", lambda bundle, prompts, **settings: torch.zeros(len(prompts), 32, 32, 3, dtype=torch.uint8))
