@@ -462,11 +462,14 @@ def check_fit(parts):
 
 
 def save_bundle(bundle, path):
-    """A copy of the bundle's folder at `path`, with the parts that were replaced since."""
-    copy_parts(bundle.folder, path)
+    """A bundle's folder at `path`, with the MM-DiT and the autoencoder as they are now."""
+    if all(isinstance(part, BundlePart) for part in bundle.parts.values()):
+        copy_parts(bundle.folder, path)
+    else:
+        fill_bundle(bundle, Path(path))
     for name in ("mmdit", "vae"):
         if name in vars(bundle):
-            save_part(path, name, vars(bundle)[name], read_json(bundle.folder / f"{name}.json"))
+            save_part(path, name, vars(bundle)[name], bundle.part(name).config)
     write_json(Path(path) / "config.json", bundle.config)
 
 

@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from config import flag, one_line_errors, parse_config, subcommand
-from shapes import ASPECTS, KINDS, LEVELS, SIGNS, article, cells, edited, original_caption, random_scene, render, synthetic_caption, twin
+from shapes import ASPECTS, KINDS, LEVELS, SIGNS, cells, edited, original_caption, random_scene, render, synthetic_caption, twin
 from shards import (PICTURE_ERRORS, bucket_sizes, cached_index, captions_of, check_columns, expand, index_shards, nearest_buckets, numbers, parse_filter,
                     read_at, read_header, read_index, reason, upright_size)
 
@@ -259,7 +259,7 @@ def every_20th(items, split, column=0):
 
 def photo_of(names, seed):
     """The paper's caption for classes, "a photo of a <class name>", with one of the class's names drawn at random (Sec. 5.1)."""
-    return f"a photo of {article(str(np.random.default_rng(seed).choice(names)))}"
+    return f"a photo of a {np.random.default_rng(seed).choice(names)}"
 
 
 class Couples(Folder):

@@ -24,7 +24,7 @@ from config import check_least, flag, one_line_errors, parse_config
 from data import ShapeEdits, Shapes
 from flow import shift
 from pipeline import to_tensor
-from sample import from_uint8, generate, grid, latent_channels, save_png, to_uint8
+from sample import check_device, from_uint8, generate, grid, latent_channels, save_png, to_uint8
 from text_encoders import CLIPLayer
 from vae import psnr
 
@@ -459,6 +459,7 @@ class EvaluateConfig:
     sampler: str = flag("", "ODE solver; empty: the bundle's", "sampling")
     width: int = flag(0, "of the samples; 0: the bundle's", "sampling", unit="pixels")
     height: int = flag(0, "likewise", "sampling", unit="pixels")
+    device: str = flag("cpu", "cpu, cuda, mps", "machine")
 
 
 def evaluate_edits(bundle, cfg, sampling):
@@ -474,7 +475,10 @@ def evaluate_edits(bundle, cfg, sampling):
 def main():
     cfg = parse_config(EvaluateConfig, description=__doc__)
     check_least(cfg, prompts=1, seed=0)
-    bundle = checkpoint.load_bundle(cfg.weights)
+    check_device(cfg.device)
+    bundle = checkpoint.load_bundle(cfg.weights, cfg.device)
+    if not bundle.config.get("data", "shapes").startswith("shape"):
+        raise ValueError(f"{cfg.weights} was trained on {bundle.config['data']}; what is counted here are the things of `shapes`")
     sampling = {name: getattr(cfg, name) for name in ("steps", "cfg", "shift", "t_last", "sampler")} | {name: getattr(cfg, name) or None for name in ("width", "height")}
     if latent_channels(bundle.mmdit)[1]:
         return evaluate_edits(bundle, cfg, sampling)

@@ -48,7 +48,7 @@ class TrainConfig:
     decay: float = flag(0.7, "last share of the steps, over which the learning rate falls to zero", "optimization")
     weight_decay: float = flag(0.0, "of all weights, a share of the learning rate a step", "optimization")
     clip_grad: float = flag(1.0, "largest norm of the gradient; 0: any", "optimization")
-    ema_decay: float = flag(0.998, "of the averaged weights, a step; App. B.3's 0.99 every 100 steps is 0.9999 with --ema-every 100", "optimization")
+    ema_decay: float = flag(0.998, "of the averaged weights, a step; App. B.3's 0.99 every 100 steps is 0.9999 with --ema-every 100; less in the first 10 / (1 - it) steps", "optimization")
     ema_every: int = flag(1, "steps between updates of the averaged weights", "optimization")
     max_bad_steps: int = flag(10, "steps skipped for a loss or gradient that is not finite, before the run ends", "optimization")
     depth: int = flag(4, "of the MM-DiT: width 64 depth, depth heads", "model")
@@ -471,6 +471,8 @@ def inherited(cfg):
     if Path(cfg.weights).resolve() not in (Path(cfg.init_from).resolve(), Path(TrainConfig.weights).resolve()):
         raise ValueError(f"--weights is {cfg.weights}: --stage {cfg.stage} takes the frozen parts of --init-from")
     bundle = checkpoint.load_bundle(cfg.init_from)
+    if cfg.data == TrainConfig.data and not (data := bundle.config.get("data", cfg.data)).startswith("shapes"):
+        raise ValueError(f"{cfg.init_from} was trained on {data}: --data says on what to go on")
     model = bundle.part("mmdit").config
     start = bundle.config | {"depth": model["depth"], "weight_sets": model.get("weight_sets", 2)}
     taken = {name: start[name] for name in ("depth", "weight_sets", "clip_length", "t5_length", "formulation")}
@@ -573,6 +575,8 @@ def run_bundle(cfg, dataset):
         raise ValueError(f"--clip-length is {cfg.clip_length}; the CLIPs of {clip_l.parent} have positions for {most}")
     if missing and not distributed.rank():
         checkpoint.copy_parts(cfg.weights, cfg.out, missing)
+        if "shapes" in (seen := str(checkpoint.read_object(Path(cfg.weights) / "config.json").get("data"))) and cfg.data.startswith(("folder", "imagenet", "fashion", "tar", "edits")):
+            tqdm.write(f"{cfg.weights}: its autoencoder and text encoders have seen {seen} alone; --stage all trains others", file=sys.stderr)
     config = {"clip_length": cfg.clip_length, "t5_length": cfg.t5_length, "resolution": cfg.resolution, "formulation": cfg.formulation,
               "shift": cfg.shift, "cfg": cfg.cfg, "unconditional": "zeros", "data": cfg.data, **sampling_settings(cfg)}
     if not distributed.rank():

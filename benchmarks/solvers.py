@@ -39,17 +39,17 @@ def main(cfg):
     import evaluate
     from flow import formulation
     from samplers import SAMPLERS, timesteps, timesteps_adapted
-    from sample import guided_velocity, initial_noise, to_uint8
+    from sample import guided_velocity, initial_noise, seeded, to_uint8
 
     torch.set_grad_enabled(False)
     bundle, out = checkpoint.load_bundle(cfg.weights), Path(cfg.out)
     form, side = formulation(bundle.config["formulation"]), bundle.config["resolution"]
     todo = [task for category in evaluate.CATEGORIES for task in evaluate.tasks(category, cfg.per_category, cfg.seed)]
-    noise = form.start(initial_noise(bundle, len(todo), cfg.seed, side, side))
+    noise = form.start(initial_noise(bundle, seeded(cfg.seed, len(todo)), side, side))
     velocity = guided_velocity(bundle, [task.prompt for task in todo], bundle.config["cfg"])
 
     pilot = [task.prompt for category in evaluate.CATEGORIES for task in evaluate.tasks(category, 2, cfg.seed + 1)][:8]
-    pilot_velocity, pilot_noise = guided_velocity(bundle, pilot, bundle.config["cfg"]), form.start(initial_noise(bundle, 8, cfg.seed + 1000, side, side))
+    pilot_velocity, pilot_noise = guided_velocity(bundle, pilot, bundle.config["cfg"]), form.start(initial_noise(bundle, seeded(cfg.seed + 1000, len(pilot)), side, side))
     fine = timesteps(200, 2.0, form.t_max, form.t_min)
 
     @functools.cache

@@ -34,7 +34,6 @@ def main(cfg):
     import checkpoint
     from data import FashionMNIST
     from sample import generate, grid, save_png
-    from shapes import article
 
     check_least(cfg, samples=10, epochs=1)
     torch.manual_seed(cfg.seed)
@@ -58,7 +57,7 @@ def main(cfg):
         test_images, test_labels = tensors("val")
         real_accuracy = (net(test_images).argmax(1) == test_labels).float().mean().item()
         wanted = torch.arange(10).repeat_interleave(cfg.samples // 10)
-        prompts = [f"a photo of {article(FashionMNIST.NAMES[k][i % len(FashionMNIST.NAMES[k])])}" for i, k in enumerate(wanted.tolist())]
+        prompts = [f"a photo of a {FashionMNIST.NAMES[k][i % len(FashionMNIST.NAMES[k])]}" for i, k in enumerate(wanted.tolist())]
         bundle = checkpoint.load_bundle(cfg.weights)
         samples = torch.cat([generate(bundle, prompts[i:i + 100], seed=cfg.seed + i) for i in range(0, len(prompts), 100)])
         gray = samples.float().mean(-1)[:, None] / 255

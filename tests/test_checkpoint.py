@@ -182,6 +182,11 @@ def test_a_part_of_a_bundle_from_a_file(tiny, tmp_path):
     again = load_bundle(tiny, files={"t5": tmp_path / "t5.safetensors"})
     assert "out_channels" not in again.part("mmdit").config
     assert all(a.equal(b) for a, b in zip(bundle.text.encode(["a star"]), again.text.encode(["a star"])))
+    with torch.no_grad():
+        again.mmdit.final_layer.linear.bias.fill_(0.25)
+    save_bundle(again, tmp_path / "whole")
+    whole = load_bundle(tmp_path / "whole")
+    assert (whole.mmdit.final_layer.linear.bias == 0.25).all() and whole.text.encode(["a star"])[0].equal(bundle.text.encode(["a star"])[0])
 
 
 def test_copy_parts_takes_what_it_is_asked_for(tiny, tmp_path):

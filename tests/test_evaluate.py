@@ -213,6 +213,14 @@ def test_the_command_takes_other_sizes(tiny, tmp_path, monkeypatch, capsys):
         assert drawn.size == (8 * 48 + 7 * 2, 32)
 
 
+def test_models_of_other_data_are_refused(refused, tiny, tmp_path):
+    checkpoint.copy_parts(tiny, tmp_path)
+    checkpoint.write_json(tmp_path / "config.json", {**checkpoint.read_json(tiny / "config.json"), "data": "folder:photos"})
+    assert "was trained on folder:photos; what is counted here are the things of `shapes`" in refused("evaluate.py", "--weights", tmp_path)
+    flags = "--init-from", tmp_path, "--steps", 1, "--resolution", 32, "--workers", 0, "--out", tmp_path / "out"
+    assert "was trained on folder:photos: --data says on what to go on" in refused("train.py", "--stage", "finetune", *flags)
+
+
 def test_no_prompts_are_refused(refused, tiny):
     assert "--prompts is 0; the least is 1" in refused("evaluate.py", "--weights", tiny, "--prompts", 0)
 

@@ -198,6 +198,11 @@ def test_stochastic_sampler_without_noise_is_euler():
 
 # ---- few evaluations
 
+def test_the_benchmark_of_solvers_runs(cli, tiny, tmp_path):
+    status, lines, errors = cli("benchmarks/solvers.py", "--weights", tiny, "--per-category", 1, "--reference", 4, "--evaluations", 4, "--shifts", 1, "--out", tmp_path)
+    assert status == 0 and len(lines) == 7 * 2 and {path.name for path in tmp_path.iterdir()} == {"solvers.json", "solvers.png"}, errors
+
+
 def mixture_field(scale, points=12, dims=16, std=0.15):
     """Guided velocity of 12 narrow Gaussians in 16 dimensions, 4 of which are the condition: strongly curved, like guided images."""
     means = torch.randn(points, dims, generator=seeded(), dtype=F64)

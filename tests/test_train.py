@@ -216,6 +216,13 @@ def test_checkpoints_that_cannot_be_resumed_from(run, tiny, tmp_path):
         run(**settings)
 
 
+def test_frozen_parts_of_another_world_are_named(run, tiny, pictures, tmp_path, capsys):
+    checkpoint.copy_parts(tiny, tmp_path / "start")
+    checkpoint.write_json(tmp_path / "start" / "config.json", {**checkpoint.read_json(tiny / "config.json"), "data": "shapes"})
+    run(stage="pretrain", weights=str(tmp_path / "start"), data=f"folder:{pictures}", out=str(tmp_path / "run"))
+    assert "start: its autoencoder and text encoders have seen shapes alone; --stage all trains others" in capsys.readouterr().err
+
+
 def test_t5_learns_from_long_captions(run, tmp_path):
     """More spans are hidden in them than T5's usual few sentinels name."""
     (tmp_path / "long").mkdir()
