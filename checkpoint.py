@@ -291,10 +291,11 @@ class Bundle:
 
     def load(self, name):
         """A part as a module. float16 overflows in T5's feed-forward, which gets bfloat16; the autoencoder, small, stays in float32."""
+        part = self.part(name)
         if name == "mmdit":
             check_fit(self.parts)
         dtype = torch.float32 if name == "vae" else torch.bfloat16 if (name, self.dtype) == ("t5", torch.float16) else self.dtype
-        module = self.part(name).module(self.device, dtype)
+        module = part.module(self.device, dtype)
         for lora, scale in self.loras:
             apply_lora(module, name, lora, scale)
         return module

@@ -513,7 +513,7 @@ class Latents(Dataset):
             raise ValueError(f"{folder} holds latents of pictures at --resolution {resolution}, not {width} x {height}")
         self.ends = np.cumsum([n for n, _ in sizes])
         self.groups, start = [], 0
-        for _, shards in itertools.groupby(sizes, lambda shard: shard[1]):   # shards of one size lie side by side
+        for _, shards in itertools.groupby((shard for shard in sizes if shard[0]), lambda shard: shard[1]):   # shards of one size lie side by side
             n = sum(samples for samples, _ in shards)
             part = held_out_end(n, split, start, len(self))
             if len(part):

@@ -36,7 +36,7 @@ from config import check_least, flag, one_line_errors, parse_config, subcommand
 from data import Latents, open_data
 from flow import formulation, shift
 from pipeline import check_fingerprint, claim, conditioned_batches, held_out_batches
-from runs import Run
+from runs import Run, read_lines
 from sample import check_device, check_prompts, check_size, from_uint8, generate, grid, save_png, settled
 from train import TrainConfig
 
@@ -175,7 +175,7 @@ FLAGS = ("pairs", "weights", "out", "resume", "seed", "steps", "batch_size", "gr
 def open_pairs(cfg, split):
     name, _, folder = cfg.pairs.partition(":")
     if name == "latents" and folder:
-        return open_data(cfg.pairs, cfg.resolution, cfg.resolution, split)
+        return open_data(cfg.pairs, cfg.resolution, cfg.resolution, split, buckets=cfg.buckets, upscale=cfg.upscale)      # which it refuses
     return open_data(f"pairs:{cfg.pairs}", cfg.resolution, cfg.resolution, split, cfg.seed, buckets=cfg.buckets, upscale=cfg.upscale)
 
 
@@ -415,7 +415,7 @@ def make_pairs(cfg):
     judge = judge_of(cfg, bundle, todo)
     settled(bundle.config, cfg.steps, cfg.cfg, 0, "", -1, -1)               # refuses before the folder is claimed
     claim(out, {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("out", "device", "batch_size")})
-    done = Run.read(out / "judged.jsonl")
+    done = read_lines(out / "judged.jsonl")
     parts = batches(todo, sizes, len(done), max(cfg.batch_size // cfg.samples, 1))
     for (width, height), part in tqdm(parts, "pairs", unit="batch", disable=not sys.stderr.isatty()):
         start = len(done)

@@ -40,7 +40,9 @@ class Muon(torch.optim.Optimizer):
 
     def update(self, p, momentum):
         """-> the whole gradient of p with Nesterov's momentum, as a matrix."""
-        buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        if "momentum" not in self.state[p]:
+            self.state[p]["momentum"] = torch.zeros_like(p)
+        buffer = self.state[p]["momentum"]
         buffer.lerp_(p.grad, 1 - momentum)
         return whole(p.grad.lerp(buffer, momentum)).flatten(1)
 

@@ -291,15 +291,17 @@ def conditioned_batches(dataset, bundle, cfg, start=0, rank=0, world=1):
 
 
 def held_out_batches(dataset, bundle, cfg, most):
-    """A batch of each group, its share of `most` samples rounded up, as `conditioned_batches` has it; no sample is there twice."""
-    total, found = count(dataset), []
+    """A batch of each group, its share of `most` samples rounded up, as `conditioned_batches` has it; no sample is there twice, but in place of unreadable ones."""
+    total, found, refused = count(dataset), [], None
     for items in dataset.groups:
         one, n = copy.copy(dataset), min(-(-most * len(items) // total), len(items))
         one.groups = [items]
-        with contextlib.suppress(NothingReadable):
+        try:
             found.append(next(conditioned_batches(one, bundle, replace(cfg, workers=0, batch_size=n, chunk=n))))
+        except NothingReadable as error:
+            refused = error
     if not found:
-        raise NothingReadable(f"{cfg.data}: no picture of its validation split can be read")
+        raise refused
     return found
 
 
@@ -356,15 +358,15 @@ def precompute(cfg):
     if (out / "index.json").exists():
         print(f"{out} is done")
         return
-    left = [number for number in range(len(plan)) if not shard_folder(out, number).exists()]
+    left, skipped = [number for number in range(len(plan)) if not shard_folder(out, number).exists()], {**dataset.skipped}
     order = ([(item, plan[number][0], int(item)) for item in part] for number in left for part in pieces(plan[number][1], cfg.batch_size))
     read = iter(DataLoader(Reader(dataset, read_sample, cfg.seed, attempts=1), batch_sampler=order, collate_fn=list, **loaders(cfg)))
     total = sum(len(piece) for _, piece in plan)
     with tqdm(total=total, initial=total - sum(len(plan[number][1]) for number in left), desc="precompute", unit="picture") as bar, dead_workers_named():
         for number in left:
             rows = itertools.islice(read, -(-len(plan[number][1]) // cfg.batch_size))
-            write_shard(shard_folder(out, number), bundle, rows, cfg, bar)
-    finish(out, [shard_folder(out, number) for number in range(len(plan))], dataset.skipped)
+            skipped |= write_shard(shard_folder(out, number), bundle, rows, cfg, bar)
+    finish(out, [shard_folder(out, number) for number in range(len(plan))], skipped)
 
 
 def shard_folder(out, number):
@@ -383,7 +385,7 @@ def claim(out, settings):
 
 
 def write_shard(folder, bundle, batches, cfg, bar):
-    """Encodes one shard's samples, lists of Reader's rows, and writes it whole."""
+    """Encodes one shard's samples, lists of Reader's rows, and writes it whole; -> {what was skipped: why}. Of a rest, such as a bucket's only picture, nothing may be readable: no shard then."""
     latents, captions, skipped = [], [], {}
     for rows in batches:
         samples = [sample for sample, _ in rows if sample is not None]
@@ -392,30 +394,34 @@ def write_shard(folder, bundle, batches, cfg, bar):
             latents.append(latents_of(bundle, samples, to_tensor(samples), cfg))
             captions += [(sample.original, sample.synthetic) for sample in samples]
         bar.update(len(rows))
+    if not captions:
+        if len(skipped) >= cfg.shard:
+            raise ValueError(f"none of the {len(skipped)} pictures of a shard can be read, the first is {next(iter(skipped.items()))}")
+        return skipped
     unique = {text: row for row, text in enumerate(dict.fromkeys(text for pair in captions for text in pair if text))}
-    arrays = ()                                                                   # no picture can be read
-    if captions:
-        context, pooled = encode_captions(bundle, list(unique), cfg)
-        sizes = bundle.text.sizes
-        text = np.array([[unique.get(caption, -1) for caption in pair] for pair in captions], np.int32)
-        arrays = torch.cat(latents), text, context[:, :sizes.clip_length, :sizes.clip_l + sizes.clip_g], context[:, sizes.clip_length:], pooled
+    context, pooled = encode_captions(bundle, list(unique), cfg)
+    sizes = bundle.text.sizes
+    text = np.array([[unique.get(caption, -1) for caption in pair] for pair in captions], np.int32)
+    arrays = torch.cat(latents), text, context[:, :sizes.clip_length, :sizes.clip_l + sizes.clip_g], context[:, sizes.clip_length:], pooled
 
     def save(temporary):
         for name, array in zip(LATENT_ARRAYS, arrays):
             np.save(temporary / f"{name}.npy", np.asarray(array))
         checkpoint.write_json(temporary / "shard.json", {"captions": list(unique), "skipped": skipped})
     checkpoint.write_folder(folder, save)
+    return skipped
 
 
 def finish(out, shards, skipped):
-    """All shards are whole: writes index.json, which Latents looks for, and says what was made and what was left out."""
-    shapes = [np.load(shard / "latents.npy", mmap_mode="r").shape if (shard / "latents.npy").exists() else (0, 0, 0, 0) for shard in shards]
-    skipped = {**skipped, **{name: why for shard in shards for name, why in checkpoint.read_json(shard / "shard.json")["skipped"].items()}}
-    if not any(n for n, *_ in shapes):
+    """All shards that there can be are whole: writes index.json, which Latents looks for, and says what was made and what was left out."""
+    made = [shard for shard in shards if shard.exists()]
+    shapes = [np.load(shard / "latents.npy", mmap_mode="r").shape if shard in made else (0, 0, 0, 0) for shard in shards]
+    skipped = {**skipped, **{name: why for shard in made for name, why in checkpoint.read_json(shard / "shard.json")["skipped"].items()}}
+    if not made:
         raise ValueError(f"none of {len(skipped)} pictures can be read, the first is {next(iter(skipped.items()), '')}")
     checkpoint.write_json(out / "index.json", {**checkpoint.read_json(out / "settings.json"), "shards": [(shape[0], shape[2:]) for shape in shapes], "skipped": skipped})
-    pictures, size = sum(shape[0] for shape in shapes), sum(file.stat().st_size for shard in shards for file in shard.iterdir())
-    print(f"{out}: {pictures} pictures in {len(shards)} shards, {size / pictures / 1000:.1f} kB each")
+    pictures, size = sum(shape[0] for shape in shapes), sum(file.stat().st_size for shard in made for file in shard.iterdir())
+    print(f"{out}: {pictures} pictures in {len(made)} shards, {size / pictures / 1000:.1f} kB each")
     SKIPPED.update(skipped)
     report_skipped()
 

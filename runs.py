@@ -20,6 +20,18 @@ from optim import local
 from pipeline import precision
 
 
+def read_lines(path):
+    """The objects of a file of JSON lines, if it is there; a killed run may leave half a line."""
+    return [json.loads(line) for line in (path.read_text().splitlines() if path.exists() else []) if line.endswith("}")]
+
+
+def read_metrics(path):
+    rows = read_lines(path)
+    if not all({"stage", "step"} <= row.keys() for row in rows):
+        raise ValueError(f"{path} is not what train.py writes")
+    return rows
+
+
 class Run:
     """The files of a stage in a run folder, which rank 0 writes: metrics.jsonl, STAGE-loss.png, and the checkpoints STAGE-STEP.ckpt (with FSDP, folders).
 
@@ -38,12 +50,13 @@ class Run:
         return next(reversed(self.checkpoints().values()), None)
 
     def check_folder(self):
-        """Refuses to overwrite a run, and to resume one that is further than --steps."""
+        """Refuses to overwrite a run or what another made, and to resume one that is further than --steps."""
         done, made = self.done(), max(self.checkpoints(), default=0)
         if not self.cfg.resume and (made or done):
             raise ValueError(f"{self.folder} holds a run of stage {self.cfg.stage}: --resume goes on with it, another --out starts afresh")
-        if self.cfg.stage not in ("vae", "clip", "t5") and (self.folder / "mmdit.pt").exists() and not any(row["stage"] == self.cfg.stage for row in self.rows()):
-            raise ValueError(f"{self.folder} holds an MM-DiT that no run of stage {self.cfg.stage} made: another --out is needed")
+        part = self.folder / {"vae": "vae.pt", "clip": "clip_l.pt", "t5": "t5.pt"}.get(self.cfg.stage, "mmdit.pt")
+        if part.exists() and not (self.folder / f"{self.cfg.stage}-config.json").exists():       # `start` writes it
+            raise ValueError(f"{part} is there and no run of stage {self.cfg.stage} made it: another --out is needed")
         if made > self.cfg.steps and not done:
             raise ValueError(f"--steps is {self.cfg.steps}, {self.latest()} is further")
 
@@ -123,12 +136,7 @@ class Run:
                 remove(path)
 
     def rows(self):
-        return self.read(self.metrics)
-
-    @staticmethod
-    def read(path):
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+        return read_metrics(self.metrics)
 
     def log(self, step, **values):
         """A line of metrics.jsonl, and its numbers for TensorBoard, a list's by their places."""
@@ -198,7 +206,7 @@ def draw_metrics(rows_of, path):
 
 def plot(folders, out):
     """`train.py --plot RUN --plot OTHER`: every stage of the runs, in STAGE-compared.png of the folder `out`."""
-    rows = {folder: Run.read(Path(folder) / "metrics.jsonl") for folder in folders}
+    rows = {folder: read_metrics(Path(folder) / "metrics.jsonl") for folder in folders}
     for folder, found in rows.items():
         if not found:
             raise ValueError(f"{folder} holds no metrics.jsonl with a line in it: no run folder")

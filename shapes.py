@@ -4,6 +4,7 @@ A scene is a description: its pictures never run out, and what a caption says of
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -270,7 +271,6 @@ OUTLINES = {  # unit radius, y down
     "heart": [(np.sin(a) ** 3, -(13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)) / 16 - .08) for a in _angles],
 }
 SUPERSAMPLING = 4
-_fonts = {}
 
 
 def draw_shape(draw, shape, color, x, y, radius):
@@ -287,11 +287,17 @@ def ink(color):
     return (255, 255, 255) if np.dot(COLORS[color], (0.3, 0.6, 0.1)) < 130 else (0, 0, 0)
 
 
+@cache
+def pillows_font(size):
+    """The same on every machine."""
+    return ImageFont.load_default(size)
+
+
 def draw_sign(draw, sign, cell):
     """A board with a letter a cell, `cell` pixels wide each."""
     (hw, hh), size = sign.half, round(0.9 * cell)
     draw.rectangle([(sign.x - hw) * cell, (sign.y - hh) * cell, (sign.x + hw) * cell, (sign.y + hh) * cell], fill=COLORS[sign.color])
-    font = _fonts.setdefault(size, ImageFont.load_default(size))  # Pillow's own, the same on every machine
+    font = pillows_font(size)
     for k, letter in enumerate(sign.word.upper()):
         center = (sign.x + k - (len(sign.word) - 1) / 2) * cell, sign.y * cell
         draw.text(center, letter, fill=ink(sign.color), font=font, anchor="mm", stroke_width=cell // 40, stroke_fill=ink(sign.color))
@@ -352,7 +358,7 @@ def where(thing, scene):
 
 
 def synthetic_caption(scene, rng):
-    """Everything, in reading order; two things in either order, with their relation: 'on white: red circle top left, above blue square bottom'."""
+    """Everything, row by row (round() makes one of the lattice's middle rows); two things in either order, with their relation: 'on white: red circle top left, above blue square bottom'."""
     def described(t):
         size = "" if t.word or t.size == "medium" else t.size + " "
         return f"{size}{t.color} {t.shape or 'sign that says ' + t.word} {where(t, scene)}"

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import struct
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +22,7 @@ from PIL import Image
 from PIL.ContainerIO import ContainerIO
 from tqdm import tqdm
 
-PICTURE_ERRORS = OSError, ValueError, SyntaxError, Image.DecompressionBombError    # what Pillow raises on foreign bytes
+PICTURE_ERRORS = OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError    # what Pillow raises on foreign bytes
 
 
 def reason(error):
@@ -67,7 +68,7 @@ def numbers(metadata):
 
 def upright_size(picture):
     """(width, height) of an open picture as it is to be seen; reads no pixels. (Pillow would, to look for a PNG's orientation.)"""
-    turned = picture.format != "PNG" and picture.getexif().get(0x0112, 1) >= 5
+    turned = picture.format != "PNG" and picture.getexif().get(0x0112) in (5, 6, 7, 8)
     return picture.size[::-1] if turned else picture.size
 
 

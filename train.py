@@ -535,6 +535,8 @@ def planned(cfg):
     """--plan: of the MM-DiT; with stage all its frozen parts do not exist yet."""
     if cfg.stage not in ("pretrain", "all"):
         raise ValueError(f"--plan is of the MM-DiT's training, --stage pretrain or all, not {cfg.stage}")
+    if cfg.buckets or cfg.keep_resolution:
+        raise ValueError("--plan counts squares of --resolution: it takes neither --buckets nor --keep-resolution")
     run = with_defaults(cfg, "pretrain")
     check(run, cfg.processes)
     if cfg.device.startswith("cuda") and not (cfg.peak and cfg.memory) and not torch.cuda.is_available():
@@ -595,7 +597,7 @@ def train_mmdit(cfg):
     start_from(cfg, "mmdit", model, *[grown] * (cfg.stage in FROM_A_MODEL))
     model.checkpointing = cfg.checkpointing
     validation = validation_batches(cfg, held_out, bundle, model_config["in_channels"])
-    add_qk_norms(cfg, model, *validation[0], form)
+    add_qk_norms(cfg, model, *max(validation, key=lambda batch: len(batch[0])), form)
     draw, loss_of = flow_matching(cfg, bundle, form, torch.compile(model) if cfg.compile else model, channels)
     prompts, shown = fixed_edits(cfg, bundle, held_out, channels) if cfg.stage == "edit" else (fixed_prompts(cfg, held_out), None)
 
@@ -690,8 +692,8 @@ def check(cfg, processes):
     formulation(cfg.formulation)
     check_least(cfg, steps=1, batch_size=1, depth=1, weight_sets=1, latent_channels=1, text_width=32, clip_length=3, t5_length=3, chunk=cfg.batch_size, reuse=1, workers=0,
                 eval_every=1, log_every=1, seed=0, grad_accum=1, ema_every=1, max_bad_steps=0, checkpoint_every=0, keep=1, milestone_every=0, watch_every=0,
-                processes=1, memory=0, peak=0, clip_grad=0)
-    for name in "text_dropout", "image_dropout", "synthetic_share":
+                processes=1, memory=0, peak=0, clip_grad=0, lr=0, muon_lr=0, weight_decay=0)
+    for name in "text_dropout", "image_dropout", "synthetic_share", "decay", "ema_decay":
         if not 0 <= getattr(cfg, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it is a share, in 0..1")
     if not 0 <= cfg.shift <= 100:

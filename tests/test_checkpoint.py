@@ -174,6 +174,11 @@ def test_bundle_loads_parts_when_used_and_copies_with_replacements(tiny, tmp_pat
     assert (load_bundle(tmp_path / "copy").mmdit.final_layer.linear.bias == 0.25).all()
 
 
+def test_a_bundle_without_an_mmdit_yet(refused, tiny, tmp_path):
+    checkpoint.copy_parts(tiny, tmp_path, ("vae", "clip_l", "clip_g", "t5", "clip_tokenizer", "t5_tokenizer", "config"))
+    assert "holds no mmdit: give it by --mmdit FILE" in refused("sample.py", "--prompt", "x", "--weights", tmp_path, "--out", tmp_path / "x.png")
+
+
 def test_a_part_of_a_bundle_from_a_file(tiny, tmp_path):
     """The bundle's JSON says what differs from the defaults: the MM-DiT's out_channels are not there."""
     pytest.importorskip("safetensors")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import struct
 from collections import Counter
 
 import numpy as np
@@ -83,6 +84,16 @@ def test_folder_turns_photos_upright(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     shown = Folder(tmp_path, 40, 40)[0].image
     assert shown[:, 25:].mean() < 5 and shown[:, :15].mean() > 250
+
+
+@pytest.mark.parametrize("kind", [2, 7])
+def test_an_orientation_that_is_no_number_is_upright(tmp_path, kind):
+    """EXIF's text or bytes."""
+    exif = b"Exif\0\0" + struct.pack("<2sHIHHHI4sI", b"II", 42, 8, 1, 0x0112, kind, 2, b"6", 0)
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "a.txt").write_text("x")
+    folder = Folder(tmp_path, 64, 64, buckets=True, upscale=True)
+    assert folder[0].image.shape[1] > folder[0].image.shape[0]
 
 
 def test_folder_with_metadata(tmp_path):

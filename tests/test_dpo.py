@@ -303,7 +303,7 @@ def test_another_bundle_is_not_overwritten(align, tiny, tmp_path):
     checkpoint.copy_parts(tiny, tmp_path / "mine")
     before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
     for resume in (False, True):
-        with pytest.raises(ValueError, match="mine holds an MM-DiT that no run of stage dpo made"):
+        with pytest.raises(ValueError, match="mmdit.pt is there and no run of stage dpo made it"):
             align("mine", steps=1, resume=resume)
     assert before == {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
 
@@ -480,6 +480,7 @@ def test_make_pairs_by_a_person(tiny, tmp_path, monkeypatch, capsys):
     (["train", "--pairs", "absent"], "absent holds no prompt with two pictures"),
     (["train", "--pairs", "p.jsonl"], "p.jsonl line 1 is no JSON object with prompt, chosen, rejected"),
     (["train", "--pairs", "p.jsonl", "--rank", "0"], "--rank is 0; the least is 1"),
+    (["train", "--pairs", "latents:absent", "--buckets"], "--buckets is for"),
     (["train", "--pairs", "p.jsonl", "--depth", "4"], "unknown flag --depth"),
     (["make-pairs", "--samples", "1"], "--samples is 1; the least is 2"),
     (["make-pairs"], "is of no `shapes`"), (["compare", "--base", "absent"], "absent is no bundle folder"), (["compare", "--judge", "person"], "'person' is not one of"),

@@ -184,6 +184,8 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(run, tiny, tmp_path, monkeypat
     (["--formulation", "rf/lognrm"], "unknown formulation 'rf/lognrm'"),
     (["--stage", "all", "--chunk", "128", "--data", "shapes:hard"], "unknown level 'hard'"), (["--stage", "vae", "--data", "shapesX"], "unknown data 'shapesX'"),
     (["--stage", "all", "--chunk", "128", "--data", "folder:empty", "--keep-resolution", "32"], "--keep-resolution is for shapes"), (["--threads", "-1"], "--threads is -1; the least is 0"),
+    (["--muon-lr", "-0.02"], "--muon-lr is -0.02; the least is 0"), (["--ema-decay", "-1"], "--ema-decay is -1.0; it is a share"),
+    (["--plan", "--buckets"], "--plan counts squares"),
     (["--clip-grad", "-1"], "--clip-grad is -1.0; the least is 0"), (["--text-dropout", "46.4"], "--text-dropout is 46.4; it is a share, in 0..1"), (["--shift", "150"], "--shift is 150"),
     (["--depth", "0"], "--depth is 0; the least is 1"), (["--steps", "-5"], "--steps is -5; the least is 1"),
     (["--chunk", "1"], "--chunk is 1; the least is 4"), (["--weight-sets", "4"], "known are 1, 2, 3"),
@@ -459,6 +461,12 @@ def test_muon_takes_hidden_weights_and_adamw_the_rest():
         optimizer.step()
     assert all(not before[name].equal(p) for name, p in vae.named_parameters() if p.grad.any())       # Muon's steps reach the kernels themselves
     assert len(train.make_optimizers(vae, replace(TINY, lr=1e-3, muon_lr=0.02, optimizer="adamw"))) == 1
+
+
+def test_metrics_of_another_program_are_refused(tmp_path, refused):
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1}')
+    for arguments in (["--plot", tmp_path], ["--out", tmp_path]):
+        assert "metrics.jsonl is not what train.py writes" in refused("train.py", *FLAGS, *arguments)
 
 
 def test_muon_is_torchs_in_float32():
