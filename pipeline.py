@@ -414,13 +414,13 @@ def write_shard(folder, bundle, batches, cfg, bar):
 
 def finish(out, shards, skipped):
     """All shards that there can be are whole: writes index.json, which Latents looks for, and says what was made and what was left out."""
-    made = [shard for shard in shards if shard.exists()]
-    shapes = [np.load(shard / "latents.npy", mmap_mode="r").shape if shard in made else (0, 0, 0, 0) for shard in shards]
+    made = {shard: np.load(shard / "latents.npy", mmap_mode="r").shape for shard in shards if shard.exists()}
     skipped = {**skipped, **{name: why for shard in made for name, why in checkpoint.read_json(shard / "shard.json")["skipped"].items()}}
     if not made:
         raise ValueError(f"none of {len(skipped)} pictures can be read, the first is {next(iter(skipped.items()), '')}")
-    checkpoint.write_json(out / "index.json", {**checkpoint.read_json(out / "settings.json"), "shards": [(shape[0], shape[2:]) for shape in shapes], "skipped": skipped})
-    pictures, size = sum(shape[0] for shape in shapes), sum(file.stat().st_size for shard in made for file in shard.iterdir())
+    sizes = [(n, size) for n, _, *size in (made.get(shard, (0, 0, 0, 0)) for shard in shards)]
+    checkpoint.write_json(out / "index.json", {**checkpoint.read_json(out / "settings.json"), "shards": sizes, "skipped": skipped})
+    pictures, size = sum(n for n, *_ in made.values()), sum(file.stat().st_size for shard in made for file in shard.iterdir())
     print(f"{out}: {pictures} pictures in {len(made)} shards, {size / pictures / 1000:.1f} kB each")
     SKIPPED.update(skipped)
     report_skipped()
