@@ -472,6 +472,23 @@ def test_export_from_the_command_line(cli, refused, single, folder, tmp_path):
     assert "invalid choice: 'onnx'" in refused("checkpoint.py", "export", "--format", "onnx", single, tmp_path / "x")
 
 
+def test_training_goes_on_from_released_weights(cli, folder, tmp_path):
+    """As README says: exported as a bundle, then finetuned on pictures, here to fewer pixels."""
+    out, pictures = tmp_path / "bundle", tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(4):
+        Image.effect_noise((64, 64), 50).convert("RGB").save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text("noise")
+    assert cli("checkpoint.py", "export", "--format", "bundle", folder, out)[0] == 0
+    status, _, errors = cli("train.py", "--stage", "finetune", "--init-from", out, "--data", f"folder:{pictures}", "--resolution", 64, "--steps", 1, "--batch-size", 2, "--chunk", 2,
+                            "--workers", 0, "--out", tmp_path / "run")
+    assert status == 0, errors
+    start, tuned = load_bundle(out), load_bundle(tmp_path / "run")
+    assert tuned.config["schedule"] == "released" and tuned.config["shift"] == pytest.approx(3 * 64 / start.config["resolution"])
+    assert tuned.part("mmdit").config["dual_attention_blocks"] == start.part("mmdit").config["dual_attention_blocks"]
+    assert generate(tuned, ["noise"], steps=1, width=64, height=64).shape == (1, 64, 64, 3)
+
+
 # ---- the real sizes, one block each
 
 @pytest.mark.slow
