@@ -495,7 +495,7 @@ SHARD = 5_000_000_000      # bytes of a file in a diffusers folder, as there
 def laid_out(part, layout):
     """{the layout's name: tensor} of a part. What the layout has no place for is refused: a config that would be read back as another."""
     told = TOLD[part.name] if isinstance(layout, DiffusersLayout) else {}
-    ours, back = arguments(part.cls, part.config), arguments(part.cls, CONFIGS[part.name](part))
+    ours, back = part.arguments, arguments(part.cls, CONFIGS[part.name](part))
     for key in ours.keys() - {"base_size", "attention", "clip_length"}:  # which only make what is stored, choose a kernel, or matter to three sets of weights
         if isinstance(ours[key], list) and key in told or ours[key] != back[key] and key not in told:
             raise ValueError(f"the layout has no place for {part.name}'s {key} = {ours[key]}; a reader would take it for {back[key]}")

@@ -441,7 +441,7 @@ class Tar(Pictures):
         self.ends = np.cumsum([header["samples"] for header in headers])
         if not len(self):
             raise ValueError(f"{pattern} holds no image with a caption; the first of {len(self.skipped)} that were skipped: {'; '.join(next(iter(self.skipped.items()), ()))}")
-        part = held_out_end(len(self), split)
+        part = held_out_end(len(self), split, 0, len(self))
         if filter or buckets:
             self.arrange(self.chosen(filter, {name for header in headers for name in header["columns"]}), part)
         else:
@@ -485,10 +485,10 @@ class Tar(Pictures):
         return self.cropped(io.BytesIO(image), index, name, captions)
 
 
-def held_out_end(n, split, start=0, total=0):
+def held_out_end(n, split, start, total):
     """The range of n items, those from `start` on of `total`, that a split trains on: validation has the last 20th, 4096 at most; of fewer than 20 in all, all are for both."""
     held_out = min((start + n) // 20 - start // 20, 4096)
-    return range(n) if (total or n) < 20 else range(n - held_out) if split == "train" else range(n - held_out, n)
+    return range(n) if total < 20 else range(n - held_out) if split == "train" else range(n - held_out, n)
 
 
 # ---------------------------------------------------------------------------------------------------------------

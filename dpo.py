@@ -174,9 +174,8 @@ FLAGS = ("pairs", "weights", "out", "resume", "seed", "steps", "batch_size", "gr
 
 def open_pairs(cfg, split):
     name, _, folder = cfg.pairs.partition(":")
-    if name == "latents" and folder:
-        return open_data(cfg.pairs, cfg.resolution, cfg.resolution, split, buckets=cfg.buckets, upscale=cfg.upscale)      # which it refuses
-    return open_data(f"pairs:{cfg.pairs}", cfg.resolution, cfg.resolution, split, cfg.seed, buckets=cfg.buckets, upscale=cfg.upscale)
+    spec = cfg.pairs if name == "latents" and folder else f"pairs:{cfg.pairs}"
+    return open_data(spec, cfg.resolution, cfg.resolution, split, cfg.seed, buckets=cfg.buckets, upscale=cfg.upscale)
 
 
 def align(cfg):

@@ -144,7 +144,7 @@ TOLD = {"mmdit": {}, "vae": {"groups": "norm_num_groups", "scale": "scaling_fact
 
 def diffusers_config(part, bundle_config):
     """The JSON beside a part in a diffusers folder."""
-    c = arguments(part.cls, part.config)
+    c = part.arguments
     if part.name == "mmdit":
         return {"_class_name": "SD3Transformer2DModel", "sample_size": bundle_config["resolution"] // 8, "patch_size": c["patch_size"], "in_channels": c["in_channels"],
                 "out_channels": c["out_channels"] or c["in_channels"], "num_layers": c["depth"], "num_attention_heads": c["depth"], "attention_head_dim": HEAD_DIM,

@@ -367,8 +367,8 @@ def main():
     if cfg.edit_image:
         start["edit"] = start["edit"].expand(len(wanted), -1, -1, -1)
     frames = []
-    steps = cfg.steps or bundle.config["steps"]
-    with tqdm(total=steps, desc="sampling", unit="step", disable=not sys.stderr.isatty()) if cfg.trajectory else contextlib.nullcontext() as bar:
+    used = dict(zip(SETTLED, settled(bundle.config, *(getattr(cfg, name) for name in SETTLED))))
+    with tqdm(total=used["steps"], desc="sampling", unit="step", disable=not sys.stderr.isatty()) if cfg.trajectory else contextlib.nullcontext() as bar:
         def preview(i, t, images):
             frames.append(grid(images))
             bar.update()
@@ -377,8 +377,7 @@ def main():
                           image_cfg=cfg.image_cfg, t_last=cfg.t_last, tiled=cfg.tiled, **start)
     picture = grid(images)
     larger = (picture.width * cfg.zoom, picture.height * cfg.zoom)
-    used = settled(bundle.config, cfg.steps, cfg.cfg, cfg.shift, cfg.sampler, cfg.image_cfg, cfg.t_last)
-    texts = {**asdict(cfg), **dict(zip(SETTLED, used)), "prompt": "\n".join(prompts), "software": "nanoSD3"}
+    texts = {**asdict(cfg), **used, "prompt": "\n".join(prompts), "software": "nanoSD3"}
     save_png(picture.resize(larger, Image.Resampling.NEAREST), out, texts)
     if cfg.trajectory:
         frames.append(picture)

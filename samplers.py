@@ -48,13 +48,6 @@ def timesteps(steps, shift=1.0, t_max=1.0, t_min=0.0, schedule="uniform", t_last
     return t
 
 
-def randn(shape, generator=None):
-    """Gaussian noise on the generator's device; of a list of generators, a row of each."""
-    if isinstance(generator, (list, tuple)):
-        return torch.cat([randn((1, *shape[1:]), one) for one in generator])
-    return torch.randn(shape, generator=generator, device=generator.device if generator else None)
-
-
 def timesteps_log_snr(steps, path, shift=1.0, limit=14.0):
     """Uniform in lambda_t between -limit and limit, as far as the path's range goes. What curved paths want: EDM's t crowds at its ends.
 
@@ -118,6 +111,15 @@ def guided_edit(joint, image_scale, text_scale):
         v, v_image, v_0 = joint(torch.cat([z] * 3), torch.cat([t] * 3)).chunk(3)
         return v_0 + image_scale * (v_image - v_0) + text_scale * (v - v_image)
     return field
+
+
+# ---- noise --------------------------------------------------------------------------------------------------------------
+
+def randn(shape, generator=None, dtype=None, device=None):
+    """Gaussian noise on the generator's device, `device` without one; of a list of generators, a row of each."""
+    if isinstance(generator, (list, tuple)):
+        return torch.cat([randn((1, *shape[1:]), one, dtype) for one in generator])
+    return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device if generator else device)
 
 
 # ---- from the velocity to x_0 and eps -----------------------------------------------------------------------------------
@@ -302,7 +304,7 @@ def sample_sde(velocity, z, ts, callback=None, path=STRAIGHT, noise=1.0, generat
         x0, eps = parts(k, z, t, path)
         if i == steps[-1][0]:
             return path.a(s) * x0 + path.b(s) * eps
-        fresh = randn(z.shape, generator).to(z)
+        fresh = randn(z.shape, generator, z.dtype, z.device).to(z)
         z = z + (s - t) * (k + noise * path.db(t) * eps) + (2 * noise * path.b(t) * path.db(t) * (t - s)).sqrt() * fresh
     return z
 

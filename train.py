@@ -473,13 +473,13 @@ def inherited(cfg):
     bundle = checkpoint.load_bundle(cfg.init_from)
     if cfg.data == TrainConfig.data and not (data := bundle.config.get("data", cfg.data)).startswith("shapes"):
         raise ValueError(f"{cfg.init_from} was trained on {data}: --data says on what to go on")
-    model = bundle.part("mmdit").config
-    start = bundle.config | {"depth": model["depth"], "weight_sets": model.get("weight_sets", 2)}
+    model = bundle.part("mmdit").arguments
+    start = bundle.config | {name: model[name] for name in ("depth", "weight_sets")}
     taken = {name: start[name] for name in ("depth", "weight_sets", "clip_length", "t5_length", "formulation")}
     for name, value in taken.items():
         if getattr(cfg, name) not in (value, getattr(TrainConfig, name)):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, that of {cfg.init_from} is {value}: --stage {cfg.stage} cannot change it")
-    base = cfg.base_resolution or 16 * max(model.get("base_size", 64) * cfg.resolution // start["resolution"], 1)
+    base = cfg.base_resolution or 16 * max(model["base_size"] * cfg.resolution // start["resolution"], 1)
     alpha = shift_alpha(cfg.resolution ** 2, start["resolution"] ** 2) if straight(start["formulation"]) else 1.0
     return replace(cfg, weights=cfg.init_from, base_resolution=base, shift=cfg.shift or start["shift"] * alpha, **taken)
 
@@ -577,7 +577,8 @@ def run_bundle(cfg, dataset):
         raise ValueError(f"--clip-length is {cfg.clip_length}; the CLIPs of {clip_l.parent} have positions for {most}")
     if missing and not distributed.rank():
         checkpoint.copy_parts(cfg.weights, cfg.out, missing)
-        if "shapes" in (seen := str(checkpoint.read_object(Path(cfg.weights) / "config.json").get("data"))) and cfg.data.startswith(("folder", "imagenet", "fashion", "tar", "edits")):
+        seen = str(checkpoint.read_object(Path(cfg.weights) / "config.json").get("data"))
+        if "shapes" in seen and cfg.data.partition(":")[0] not in ("shapes", "shape-edits", "latents"):
             tqdm.write(f"{cfg.weights}: its autoencoder and text encoders have seen {seen} alone; --stage all trains others", file=sys.stderr)
     config = {"clip_length": cfg.clip_length, "t5_length": cfg.t5_length, "resolution": cfg.resolution, "formulation": cfg.formulation,
               "shift": cfg.shift, "cfg": cfg.cfg, "unconditional": "zeros", "data": cfg.data, **sampling_settings(cfg)}

@@ -32,6 +32,12 @@ SOLVERS = ("euler", "midpoint", "heun", "rk4", "ab2", "abm2", "dpmpp_2m")
 
 
 def main(cfg):
+    import torch
+    with torch.no_grad():
+        measure(cfg)
+
+
+def measure(cfg):
     import numpy as np
     import torch
 
@@ -41,7 +47,6 @@ def main(cfg):
     from samplers import SAMPLERS, timesteps, timesteps_adapted
     from sample import guided_velocity, initial_noise, seeded, to_uint8
 
-    torch.set_grad_enabled(False)
     bundle, out = checkpoint.load_bundle(cfg.weights), Path(cfg.out)
     form, side = formulation(bundle.config["formulation"]), bundle.config["resolution"]
     todo = [task for category in evaluate.CATEGORIES for task in evaluate.tasks(category, cfg.per_category, cfg.seed)]
