@@ -138,11 +138,13 @@ def start_from(x0, eps, ts, strength, path=STRAIGHT):
 
 
 def keeping(velocity, x0, eps, mask, path=STRAIGHT):
-    """Inpainting: the velocity where `mask` is 1; where it is 0 that of the path from eps to the known x0 (Eq. 5), at which any ODE solver then arrives:
-    exactly, where that path is straight."""
+    """Inpainting: the velocity where `mask` is 1; where it is 0 that of the path through z to the known x0 (Eq. 5), at which any solver then arrives. eps: where that path
+    began, for an evaluation at its very end."""
     def field(z, t):
         t_ = t.view(-1, *[1] * (z.ndim - 1))
-        return torch.where(mask > 0, velocity(z, t), path.da(t_) * x0 + path.db(t_) * eps)
+        b = path.b(t_)
+        left = torch.where(b > 0, (z - path.a(t_) * x0) / b, eps)
+        return torch.where(mask > 0, velocity(z, t), path.da(t_) * x0 + path.db(t_) * left)
     return field
 
 
@@ -269,13 +271,24 @@ def sample_bs23(velocity, z, ts, callback=None, tolerance=1e-3):
     return z
 
 
-def sample_ddim(velocity, z, ts, callback=None, path=STRAIGHT):
-    """First order: z_s = a_s x_0 + b_s eps with the x_0 and eps of t (Song et al. 2020). On the straight path it is Euler."""
+def sample_ddim(velocity, z, ts, callback=None, path=STRAIGHT, eta=0.0, generator=None):
+    """First order: z_s = a_s x_0 + b_s eps with the x_0 and eps of t (Song et al. 2020). On the straight path it is Euler.
+
+    eta in [0, 1]: how much of eps is drawn anew, falling t only. With 1, all that the step's own distribution allows (DDPM, Ho et al. 2020): the law of z_s is that of
+    the path at any step size wherever x_0 is known. generator: as `randn` has it."""
     v, steps = stepping(velocity, z, ts, callback)
     for i, t, s in steps:
         x0, eps = parts(v(z, t, i), z, t, path)
+        if eta:
+            fresh = eta ** 2 * (1 - (path.a(t) * path.b(s) / (path.a(s) * path.b(t))) ** 2)       # the share of variance
+            eps = (1 - fresh).sqrt() * eps + fresh.sqrt() * randn(z.shape, generator, z.dtype, z.device).to(z)
         z = path.a(s) * x0 + path.b(s) * eps
     return z
+
+
+def sample_ancestral(velocity, z, ts, callback=None, path=STRAIGHT, generator=None):
+    """DDIM with all of its noise: k-diffusion's Euler ancestral. What earlier steps got wrong, later ones can mend."""
+    return sample_ddim(velocity, z, ts, callback, path, 1.0, generator)
 
 
 def sample_dpmpp_2m(velocity, z, ts, callback=None, path=STRAIGHT):
@@ -310,4 +323,4 @@ def sample_sde(velocity, z, ts, callback=None, path=STRAIGHT, noise=1.0, generat
 
 
 SAMPLERS = {"euler": sample_euler, "midpoint": sample_midpoint, "heun": sample_heun, "rk4": sample_rk4, "ab2": sample_ab2, "abm2": sample_abm2,
-            "bs23": sample_bs23, "ddim": sample_ddim, "dpmpp_2m": sample_dpmpp_2m, "sde": sample_sde}
+            "bs23": sample_bs23, "ddim": sample_ddim, "ancestral": sample_ancestral, "dpmpp_2m": sample_dpmpp_2m, "sde": sample_sde}

@@ -106,21 +106,22 @@ def test_every_sampler_is_deterministic_and_knows_its_path(bundle, sampler, monk
     one = generate(bundle, [A], steps=60, sampler=sampler)
     torch.manual_seed(1)
     assert one.equal(generate(bundle, [A], steps=60, sampler=sampler))
-    if sampler not in ("sde", "euler"):                                           # all others come to what the finest Euler does
+    if sampler not in ("sde", "ancestral", "euler"):                              # all others come to what the finest Euler does
         fine = generate(bundle, [A], steps=1000)
         assert (generate(bundle, [A], steps=400, sampler=sampler).float() - fine.float()).abs().mean() < 2
 
 
-def test_noise_on_the_way_is_new_and_each_pictures_own(bundle, monkeypatch):
-    both = generate(bundle, [A, B], seed=5, steps=4, sampler="sde")
-    assert differ(both[1:], generate(bundle, [B], seed=6, steps=4, sampler="sde")) <= 1
+@pytest.mark.parametrize("name", ["sde", "ancestral"])
+def test_noise_on_the_way_is_new_and_each_pictures_own(bundle, monkeypatch, name):
+    both = generate(bundle, [A, B], seed=5, steps=4, sampler=name)
+    assert differ(both[1:], generate(bundle, [B], seed=6, steps=4, sampler=name)) <= 1
     seen = []
 
     def sampler(velocity, z, ts, callback=None, generator=None):
         seen.extend([z, randn(z.shape, generator)])
         return z
-    monkeypatch.setitem(SAMPLERS, "sde", sampler)
-    generate(bundle, [A], sampler="sde")
+    monkeypatch.setitem(SAMPLERS, name, sampler)
+    generate(bundle, [A], sampler=name)
     assert (seen[0] - seen[1]).abs().max() > 0.1
 
 
@@ -171,7 +172,7 @@ def test_strength_says_how_much_is_drawn_anew(bundle):
     assert below.equal(small)
 
 
-@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "sde"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_inpainting_leaves_every_other_pixel(bundle, sampler, monkeypatch):
     """And the latents there arrive at the picture's by the solver itself, whichever it is: what is pasted fits what is drawn."""
     init, mask = picture(), torch.zeros(32, 32)

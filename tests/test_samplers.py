@@ -12,6 +12,7 @@ from samplers import (
     parts,
     path_length,
     sample_abm2,
+    sample_ancestral,
     sample_bs23,
     sample_ddim,
     sample_euler,
@@ -27,7 +28,7 @@ from samplers import (
 F64 = torch.float64
 ORDERS = {"euler": 1, "ddim": 1, "midpoint": 2, "heun": 2, "ab2": 2, "abm2": 2, "dpmpp_2m": 2, "rk4": 4}
 EVALUATIONS = {"midpoint": 2, "heun": 2, "rk4": 4}            # a step; 1 for the others
-WITH_PATH = "ddim", "dpmpp_2m", "sde"
+WITH_PATH = "ddim", "ancestral", "dpmpp_2m", "sde"
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +151,7 @@ def test_straight_paths_take_one_step(name):
         torch.testing.assert_close(out, point.expand(5, 2), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "sde"])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("sde", "ancestral")])
 def test_round_trip(name):
     """Noise to data and back: the reversed grid inverts, from the very ends of t."""
     velocity, _ = gaussian(0.7, 0.5, formulation("rf"))
@@ -179,15 +180,32 @@ def test_every_sampler_serves_every_formulation(form):
         assert out.isfinite().all() and out.shape == z.shape, name
 
 
+@pytest.mark.parametrize("sample", [sample_sde, sample_ancestral])
 @pytest.mark.parametrize("form", ["rf", "v/cos", "eps/linear", "edm/rf"])
-def test_stochastic_sampler_keeps_the_marginals(form):
+def test_stochastic_samplers_keep_the_marginals(form, sample):
     f, n = formulation(form), 20000
     velocity, solution = gaussian(0.4, 0.6, f)
     c = torch.randn(n, 1, generator=seeded())
     ts = timesteps_log_snr(300, f) if form != "rf" else timesteps(300)
-    z = sample_sde(velocity, solution(c, ts[0]), ts, path=f, generator=seeded(1))
+    z = sample(velocity, solution(c, ts[0]), ts, path=f, generator=seeded(1))
     assert float(z.mean()) == pytest.approx(0.4, abs=0.03) and float(z.std()) == pytest.approx(0.6, abs=0.03)
     assert abs(float((z * c).mean())) < 0.5 * 0.6               # and has forgotten much of where it began; the ODE has 0.6
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize("form", ["rf", "v/cos", "edm/rf"])
+def test_ddim_with_noise_has_the_law_of_the_path_in_three_large_steps(form, eta):
+    """Where x_0 is known: z_s is N(a x_0, b^2), and with eta 1 its noise and the first one's correlate as the path's log-SNRs say."""
+    f, n = formulation(form), 40000
+    ts = torch.tensor([0.8, 0.6, 0.3]) if form != "edm/rf" else torch.tensor([0.9, 0.6, 0.2])
+    velocity, _ = gaussian(0.7, 0.0, f)
+    c = torch.randn(n, 1, generator=seeded())
+    z = sample_ddim(velocity, f.a(ts[0]) * 0.7 + f.b(ts[0]) * c, ts, path=f, eta=eta, generator=seeded(1))
+    eps = (z - f.a(ts[-1]) * 0.7) / f.b(ts[-1])
+    assert float(eps.mean()) == pytest.approx(0, abs=0.02) and float(eps.std()) == pytest.approx(1, abs=0.02)
+    if eta == 1:
+        ratio = f.a(ts[0]) * f.b(ts[-1]) / (f.a(ts[-1]) * f.b(ts[0]))
+        assert float((eps * c).mean()) == pytest.approx(float(ratio), abs=0.02)
 
 
 def test_stochastic_sampler_without_noise_is_euler():
