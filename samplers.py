@@ -271,24 +271,13 @@ def sample_bs23(velocity, z, ts, callback=None, tolerance=1e-3):
     return z
 
 
-def sample_ddim(velocity, z, ts, callback=None, path=STRAIGHT, eta=0.0, generator=None):
-    """First order: z_s = a_s x_0 + b_s eps with the x_0 and eps of t (Song et al. 2020). On the straight path it is Euler.
-
-    eta in [0, 1]: how much of eps is drawn anew, falling t only. With 1, all that the step's own distribution allows (DDPM, Ho et al. 2020): the law of z_s is that of
-    the path at any step size wherever x_0 is known. generator: as `randn` has it."""
+def sample_ddim(velocity, z, ts, callback=None, path=STRAIGHT):
+    """First order: z_s = a_s x_0 + b_s eps with the x_0 and eps of t (Song et al. 2020). On the straight path it is Euler."""
     v, steps = stepping(velocity, z, ts, callback)
     for i, t, s in steps:
         x0, eps = parts(v(z, t, i), z, t, path)
-        if eta:
-            fresh = eta ** 2 * (1 - (path.a(t) * path.b(s) / (path.a(s) * path.b(t))) ** 2)       # the share of variance
-            eps = (1 - fresh).sqrt() * eps + fresh.sqrt() * randn(z.shape, generator, z.dtype, z.device).to(z)
         z = path.a(s) * x0 + path.b(s) * eps
     return z
-
-
-def sample_ancestral(velocity, z, ts, callback=None, path=STRAIGHT, generator=None):
-    """DDIM with all of its noise: k-diffusion's Euler ancestral. What earlier steps got wrong, later ones can mend."""
-    return sample_ddim(velocity, z, ts, callback, path, 1.0, generator)
 
 
 def sample_dpmpp_2m(velocity, z, ts, callback=None, path=STRAIGHT):
@@ -322,5 +311,17 @@ def sample_sde(velocity, z, ts, callback=None, path=STRAIGHT, noise=1.0, generat
     return z
 
 
+def sample_ancestral(velocity, z, ts, callback=None, path=STRAIGHT, noise=1.0, generator=None):
+    """DDIM, some of whose eps is drawn anew in each step, t falling: the SDE with g^2 = noise b^2 times the rate of the log-SNR, solved exactly as long as x_0 stays.
+    Noise 1 is DDPM (Ho et al. 2020), k-diffusion's Euler ancestral. What was begun wrong can be mended later. generator: as `randn` has it."""
+    v, steps = stepping(velocity, z, ts, callback)
+    for i, t, s in steps:
+        x0, eps = parts(v(z, t, i), z, t, path)
+        kept = (path.a(t) * path.b(s) / (path.a(s) * path.b(t))) ** (2 * noise)       # of the variance: exp(-noise times the rise of the log-SNR)
+        fresh = randn(z.shape, generator, z.dtype, z.device).to(z)
+        z = path.a(s) * x0 + path.b(s) * (kept.sqrt() * eps + (1 - kept).sqrt() * fresh)
+    return z
+
+
 SAMPLERS = {"euler": sample_euler, "midpoint": sample_midpoint, "heun": sample_heun, "rk4": sample_rk4, "ab2": sample_ab2, "abm2": sample_abm2,
-            "bs23": sample_bs23, "ddim": sample_ddim, "ancestral": sample_ancestral, "dpmpp_2m": sample_dpmpp_2m, "sde": sample_sde}
+            "bs23": sample_bs23, "ddim": sample_ddim, "dpmpp_2m": sample_dpmpp_2m, "sde": sample_sde, "ancestral": sample_ancestral}

@@ -28,7 +28,7 @@ from samplers import (
 F64 = torch.float64
 ORDERS = {"euler": 1, "ddim": 1, "midpoint": 2, "heun": 2, "ab2": 2, "abm2": 2, "dpmpp_2m": 2, "rk4": 4}
 EVALUATIONS = {"midpoint": 2, "heun": 2, "rk4": 4}            # a step; 1 for the others
-WITH_PATH = "ddim", "ancestral", "dpmpp_2m", "sde"
+WITH_PATH = "ddim", "dpmpp_2m", "sde", "ancestral"
 
 
 @pytest.fixture(autouse=True)
@@ -192,26 +192,26 @@ def test_stochastic_samplers_keep_the_marginals(form, sample):
     assert abs(float((z * c).mean())) < 0.5 * 0.6               # and has forgotten much of where it began; the ODE has 0.6
 
 
-@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize("noise", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("form", ["rf", "v/cos", "edm/rf"])
-def test_ddim_with_noise_has_the_law_of_the_path_in_three_large_steps(form, eta):
-    """Where x_0 is known: z_s is N(a x_0, b^2), and with eta 1 its noise and the first one's correlate as the path's log-SNRs say."""
+def test_ancestral_steps_of_any_size_have_the_law_of_the_path(form, noise):
+    """Where x_0 is known: z_s is N(a x_0, b^2), and its noise has as much of the first one's as the log-SNRs say."""
     f, n = formulation(form), 40000
-    ts = torch.tensor([0.8, 0.6, 0.3]) if form != "edm/rf" else torch.tensor([0.9, 0.6, 0.2])
+    ts = torch.tensor([0.9, 0.6, 0.2]) if form == "edm/rf" else torch.tensor([0.8, 0.6, 0.3])
     velocity, _ = gaussian(0.7, 0.0, f)
     c = torch.randn(n, 1, generator=seeded())
-    z = sample_ddim(velocity, f.a(ts[0]) * 0.7 + f.b(ts[0]) * c, ts, path=f, eta=eta, generator=seeded(1))
+    z = sample_ancestral(velocity, f.a(ts[0]) * 0.7 + f.b(ts[0]) * c, ts, path=f, noise=noise, generator=seeded(1))
     eps = (z - f.a(ts[-1]) * 0.7) / f.b(ts[-1])
     assert float(eps.mean()) == pytest.approx(0, abs=0.02) and float(eps.std()) == pytest.approx(1, abs=0.02)
-    if eta == 1:
-        ratio = f.a(ts[0]) * f.b(ts[-1]) / (f.a(ts[-1]) * f.b(ts[0]))
-        assert float((eps * c).mean()) == pytest.approx(float(ratio), abs=0.02)
+    ratio = f.a(ts[0]) * f.b(ts[-1]) / (f.a(ts[-1]) * f.b(ts[0]))
+    assert float((eps * c).mean()) == pytest.approx(float(ratio) ** noise, abs=0.02)
 
 
-def test_stochastic_sampler_without_noise_is_euler():
+@pytest.mark.parametrize("sample", [sample_sde, sample_ancestral])
+def test_stochastic_samplers_without_noise_are_euler(sample):
     velocity, _ = gaussian(0.4, 0.6, formulation("rf"))
     z, ts = torch.randn(4, 1, generator=seeded()), timesteps(9)
-    torch.testing.assert_close(sample_sde(velocity, z, ts, noise=0.0), sample_euler(velocity, z, ts))
+    torch.testing.assert_close(sample(velocity, z, ts, noise=0.0), sample_euler(velocity, z, ts))
 
 
 # ---- few evaluations
