@@ -2,7 +2,7 @@
 
     python experiments/average.py --weights SPELLS --other BEFORE --share 0.3 --out runs/average
 
-Writes a bundle: the weights (1 - share) times those of --weights and share times those of --other, all else from --weights. A share of -s / (1 - s) undoes one of s.
+Writes a bundle: the weights (1 - share) times those of --weights and share times those of --other, all else, as the size of the table of positions, from --weights. A share of -s / (1 - s) undoes one of s.
 """
 
 import sys
@@ -27,10 +27,11 @@ def main(cfg):
     if not -1 <= cfg.share <= 1:
         raise ValueError(f"--share is {cfg.share}, not between -1 and 1")
     one, other = (checkpoint.load_bundle(path) for path in (cfg.weights, cfg.other))
-    if one.part("mmdit").config != other.part("mmdit").config:
+    ours, theirs = (bundle.part("mmdit") for bundle in (one, other))
+    if ours.config | {"pos_embed_max_size": 0} != theirs.config | {"pos_embed_max_size": 0}:
         raise ValueError(f"the MM-DiTs of {cfg.weights} and {cfg.other} differ in architecture")
-    theirs = other.mmdit.state_dict()
-    one.mmdit.load_state_dict({name: value.lerp(theirs[name], cfg.share) for name, value in one.mmdit.state_dict().items()})
+    weights = other.mmdit.state_dict() | {"pos_embed": one.mmdit.pos_embed}             # which is not learned
+    one.mmdit.load_state_dict({name: value.lerp(weights[name], cfg.share) for name, value in one.mmdit.state_dict().items()})
     checkpoint.save_bundle(one, cfg.out)
 
 

@@ -218,17 +218,23 @@ def test_folders_that_are_no_bundles(tmp_path, content, reason):
         load_bundle(tmp_path / "absent")
 
 
-def test_average_lies_between_two(tiny, tmp_path, cli):
-    other = load_bundle(tiny)
+def test_average_lies_between_two_at_the_positions_of_the_first(tiny, tmp_path, cli):
+    other = tmp_path / "other"
+    checkpoint.copy_parts(tiny, other)
+    config = {**checkpoint.read_json(tiny / "mmdit.json"), "pos_embed_max_size": 12}
+    model, before = MMDiT(**config), load_bundle(tiny).mmdit
     with torch.no_grad():
-        for p in other.mmdit.parameters():
-            p.add_(1)
-    save_bundle(other, tmp_path / "other")
-    command = "experiments/average.py", "--weights", tiny, "--other", tmp_path / "other", "--out", tmp_path / "out"
+        for name, p in model.named_parameters():
+            p.copy_(dict(before.named_parameters())[name] + 1)
+    save_part(other, "mmdit", model, config)
+    command = "experiments/average.py", "--weights", tiny, "--other", other, "--out", tmp_path / "out"
     assert cli(*command, "--share", 0.25)[0] == 0
-    before, after = (dict(load_bundle(path).mmdit.named_parameters()) for path in (tiny, tmp_path / "out"))
-    assert all(torch.allclose(after[name], before[name] + 0.25, atol=2e-3) for name in before)
+    after = load_bundle(tmp_path / "out").mmdit
+    assert all(torch.allclose(p, q + 0.25, atol=2e-3) for p, q in zip(after.parameters(), before.parameters(), strict=True)) and after.pos_embed.equal(before.pos_embed)
     assert cli(*command, "--share", 2)[::2] == (2, ["average.py: --share is 2.0, not between -1 and 1"])
+    config["qk_norm"] = not config.get("qk_norm")
+    save_part(other, "mmdit", MMDiT(**config), config)
+    assert "differ in architecture" in cli(*command)[2][-1]
 
 
 def test_mmdit_in_float8_for_a_bundle_with_fewer_positions(cli, tiny, tmp_path):
