@@ -374,7 +374,7 @@ def checked_config(config, source):
             raise ValueError(f"{source}: {key} is {config[key]!r}, not of type {kind.__name__}")
         if key.endswith("_length") and not 3 <= config[key] <= 512:
             raise ValueError(f"{source}: {key} is {config[key]} tokens; it must be in 3..512")
-    for key in ("t_last", "image_cfg"):
+    for key in ("t_last", "image_cfg", "noise"):
         if not isinstance(config.get(key, 0.0), (int, float)):
             raise ValueError(f"{source}: {key} is {config[key]!r}, no number")
     return config

@@ -268,6 +268,7 @@ class PairsConfig:
     seed: int = flag(0, "of prompts and noise; those of evaluate.py are others", "prompts")
     steps: int = flag(0, "steps of the sampler; 0: the bundle's", "sampling")
     cfg: float = flag(-1.0, "guidance scale; -1: the bundle's", "sampling")
+    sampler: str = flag("", "of samplers.SAMPLERS; empty: the bundle's. Noise on the way leaves traces in few steps, which alignment would learn: then euler", "sampling")
     sizes: str = flag("", "of the pictures, \"128x128,192x96\": an equal share of the prompts each; empty: the bundle's", "sampling")
     batch_size: int = flag(0, "pictures drawn at once, of whole prompts; 0: those of one prompt", "sampling")
     device: str = flag("cpu", "cpu, cuda, mps", "machine")
@@ -412,14 +413,14 @@ def make_pairs(cfg):
     bundle, out = checkpoint.load_bundle(cfg.weights, cfg.device), Path(cfg.out)
     todo, sizes = tasks_of(cfg, bundle, 1000 + cfg.seed), sizes_of(cfg.sizes)
     judge = judge_of(cfg, bundle, todo)
-    settled(bundle.config, cfg.steps, cfg.cfg, 0, "", -1, -1)               # refuses before the folder is claimed
+    settled(bundle.config, cfg.steps, cfg.cfg, 0, cfg.sampler, -1, -1, -1)      # refuses before the folder is claimed
     claim(out, {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("out", "device", "batch_size")})
     done = read_lines(out / "judged.jsonl")
     parts = batches(todo, sizes, len(done), max(cfg.batch_size // cfg.samples, 1))
     for (width, height), part in tqdm(parts, "pairs", unit="batch", disable=not sys.stderr.isatty()):
         start = len(done)
         prompts, seed = [task.prompt for task in part for _ in range(cfg.samples)], (1000 + cfg.seed) * 1_000_003 + start * cfg.samples
-        for task, images in zip(part, generate(bundle, prompts, seed=seed, steps=cfg.steps, cfg=cfg.cfg, width=width, height=height).split(cfg.samples)):
+        for task, images in zip(part, generate(bundle, prompts, seed=seed, steps=cfg.steps, cfg=cfg.cfg, sampler=cfg.sampler, width=width, height=height).split(cfg.samples)):
             scores = [] if judge == "person" else scores_of(bundle, judge, task, images)
             pairs = ranked(scores, cfg.per_prompt, APART.get(judge))
             for k in range(cfg.samples) if judge == "person" else {k for pair in pairs for k in pair}:

@@ -456,7 +456,8 @@ class EvaluateConfig:
     cfg: float = flag(-1.0, "guidance scale; -1: the bundle's", "sampling")
     shift: float = flag(0.0, "timestep shift; 0: the bundle's", "sampling")
     t_last: float = flag(-1.0, "where the last step begins; -1: the bundle's", "sampling")
-    sampler: str = flag("", "ODE solver; empty: the bundle's", "sampling")
+    sampler: str = flag("", "solver; empty: the bundle's", "sampling")
+    noise: float = flag(-1.0, "of stochastic samplers; -1: the bundle's", "sampling")
     width: int = flag(0, "of the samples; 0: the bundle's", "sampling", unit="pixels")
     height: int = flag(0, "likewise", "sampling", unit="pixels")
     device: str = flag("cpu", "cpu, cuda, mps", "machine")
@@ -479,7 +480,7 @@ def main():
     bundle = checkpoint.load_bundle(cfg.weights, cfg.device)
     if not bundle.config.get("data", "shapes").startswith("shape"):
         raise ValueError(f"{cfg.weights} was trained on {bundle.config['data']}; what is counted here are the things of `shapes`")
-    sampling = {name: getattr(cfg, name) for name in ("steps", "cfg", "shift", "t_last", "sampler")} | {name: getattr(cfg, name) or None for name in ("width", "height")}
+    sampling = {name: getattr(cfg, name) for name in ("steps", "cfg", "shift", "t_last", "sampler", "noise")} | {name: getattr(cfg, name) or None for name in ("width", "height")}
     if latent_channels(bundle.mmdit)[1]:
         return evaluate_edits(bundle, cfg, sampling)
     scores = {}

@@ -36,7 +36,8 @@ class SampleConfig:
     cfg: float = flag(-1.0, "guidance scale, 1 is none; -1: the bundle's", "sampling")
     shift: float = flag(0.0, "timestep shift alpha of Eq. 23, of t or, on curved paths, of the share of the log-SNR range that is left; 0: the bundle's", "sampling")
     t_last: float = flag(-1.0, "noise level from which the last step goes to the picture at once; -1: the bundle's", "sampling")
-    sampler: str = flag("", "ODE solver; empty: the bundle's (euler, heun, ...)", "sampling")
+    sampler: str = flag("", "solver; empty: the bundle's (euler, heun, ancestral, ...)", "sampling")
+    noise: float = flag(-1.0, "of the samplers ancestral and sde, how much is fresh on the way: 0 none, 1 as in DDPM; -1: the bundle's", "sampling")
     seed: int = flag(0, "picture i is drawn from noise of seed + i", "sampling")
     width: int = flag(None, "width, a multiple of 16; the bundle's unless given", "picture", unit="pixels")
     height: int = flag(None, "height, a multiple of 16; the bundle's unless given", "picture", unit="pixels")
@@ -174,10 +175,15 @@ def seeded(seed, n):
     return [torch.Generator().manual_seed(seed + i) for i in range(n)]
 
 
-SETTLED = "steps", "cfg", "shift", "sampler", "image_cfg", "t_last"
+SETTLED = "steps", "cfg", "shift", "sampler", "image_cfg", "t_last", "noise"
 
 
-def settled(config, steps, cfg, shift, sampler, image_cfg, t_last):
+def options_of(sampler):
+    """What a sampler takes beside the field, the noise, the grid and the callback."""
+    return inspect.signature(SAMPLERS[sampler]).parameters.keys()
+
+
+def settled(config, steps, cfg, shift, sampler, image_cfg, t_last, noise):
     """The settings SETTLED of `generate`, from the bundle's config where they are 0, -1 or empty."""
     steps, shift, sampler = steps or config["steps"], shift or config["shift"], sampler or config["sampler"]
     if sampler not in SAMPLERS:
@@ -187,7 +193,11 @@ def settled(config, steps, cfg, shift, sampler, image_cfg, t_last):
     cfg = config["cfg"] if cfg < 0 else cfg
     image_cfg = config.get("image_cfg", 1.0) if image_cfg < 0 else image_cfg
     t_last = config.get("t_last", 0.0) if t_last < 0 else t_last
-    return steps, cfg, shift, sampler, image_cfg, t_last
+    stochastic = [name for name in SAMPLERS if "noise" in options_of(name)]
+    if noise >= 0 and sampler not in stochastic:
+        raise ValueError(f"the sampler {sampler} draws no noise on the way: noise is for {', '.join(stochastic)}")
+    noise = 0.0 if sampler not in stochastic else config.get("noise", 1.0) if noise < 0 else noise
+    return steps, cfg, shift, sampler, image_cfg, t_last, noise
 
 
 def time_grid(form, schedule, steps, shift, t_last):
@@ -212,7 +222,7 @@ def coder(bundle, tiled):
 
 @torch.inference_mode()
 def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, sampler="", seed=0, width=None, height=None,
-             encoders=("clip_l", "clip_g", "t5"), callback=None, init=None, strength=0.6, mask=None, edit=None, image_cfg=-1.0, t_last=-1.0, tiled=False):
+             encoders=("clip_l", "clip_g", "t5"), callback=None, init=None, strength=0.6, mask=None, edit=None, image_cfg=-1.0, t_last=-1.0, tiled=False, noise=-1.0):
     """One picture a prompt: uint8 (B, H, W, 3) on the CPU. What is None, 0, -1 or empty is as the bundle's config says; a side of 0 is refused.
 
     Picture i starts from noise of seed + i, so it does not depend on the others. `callback(i, t, images)` is given the data
@@ -221,7 +231,7 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
     that the prompts, then instructions, are to change; cfg is the instructions' guidance, image_cfg the pictures'. tiled: the autoencoder works in
     bands, to the same pictures in less memory."""
     config = bundle.config
-    steps, cfg, shift, sampler, image_cfg, t_last = settled(config, steps, cfg, shift, sampler, image_cfg, t_last)
+    steps, cfg, shift, sampler, image_cfg, t_last, noise = settled(config, steps, cfg, shift, sampler, image_cfg, t_last, noise)
     width, height = (config["resolution"] if side is None else side for side in (width, height))
     check_size(width, height)
     check_start(len(prompts), init, mask, strength, edit, width, height)
@@ -236,18 +246,17 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
     source = None if edit is None else encode(edit)
     velocity = guided_velocity(bundle, prompts, cfg, negative_prompt, encoders, ts, source, image_cfg)   # first: an encoder may be let go before the MM-DiT is loaded
     generators = seeded(seed, len(prompts))
-    noise = initial_noise(bundle, generators, width, height)
-    z = form.start(noise)
+    eps = initial_noise(bundle, generators, width, height)
+    z = form.start(eps)
     if init is not None:
         x0 = encode(init[None])
-        z, ts = start_from(x0, noise, ts, strength, form)
+        z, ts = start_from(x0, eps, ts, strength, form)
         if len(ts) < 2:
             raise ValueError(f"a strength of {strength} leaves none of {steps} steps: take more steps or a higher strength")
         if mask is not None:
-            velocity = keeping(velocity, x0, noise, F.max_pool2d(mask[None, None].to(noise), bundle.vae.factor), form)
+            velocity = keeping(velocity, x0, eps, F.max_pool2d(mask[None, None].to(eps), bundle.vae.factor), form)
     preview = callback and (lambda i, t, z, v: callback(i, float(t), to_uint8(decode(parts(v, z, t, form)[0]))))
-    options = {"path": form, "generator": generators}  # for the samplers that take them
-    options = {k: v for k, v in options.items() if k in inspect.signature(SAMPLERS[sampler]).parameters}
+    options = {name: value for name, value in {"path": form, "generator": generators, "noise": noise}.items() if name in options_of(sampler)}
     z = SAMPLERS[sampler](velocity, z, ts.to(z.device), callback=preview, **options)
     bundle.release("mmdit")
     if not z.isfinite().all():
@@ -374,7 +383,7 @@ def main():
             bar.update()
         images = generate(bundle, wanted, cfg.negative_prompt, cfg.steps, cfg.cfg, cfg.shift, cfg.sampler, cfg.seed,
                           encoders=tuple(filter(None, cfg.encoders.split(","))), callback=preview if cfg.trajectory else None, strength=cfg.strength,
-                          image_cfg=cfg.image_cfg, t_last=cfg.t_last, tiled=cfg.tiled, **start)
+                          image_cfg=cfg.image_cfg, t_last=cfg.t_last, tiled=cfg.tiled, noise=cfg.noise, **start)
     picture = grid(images)
     larger = (picture.width * cfg.zoom, picture.height * cfg.zoom)
     texts = {**asdict(cfg), **used, "prompt": "\n".join(prompts), "software": "nanoSD3"}

@@ -553,7 +553,7 @@ def sampling_settings(cfg):
     """How the run's MM-DiT is sampled from: what the bundle's config.json records."""
     if cfg.stage == "finetune":
         start = checkpoint.read_object(Path(cfg.init_from) / "config.json")
-        return {name: start[name] for name in ("steps", "sampler", "t_last", "schedule") if name in start}
+        return {name: start[name] for name in ("steps", "sampler", "noise", "t_last", "schedule") if name in start}
     shown = {"image_cfg": 1.5} if cfg.stage == "edit" else {}
     if not straight(cfg.formulation):      # in t a step crosses from one end of a curved path to the other
         return {"steps": 28, "sampler": "dpmpp_2m", "schedule": "log-snr"} | shown

@@ -2,7 +2,7 @@
 
     python experiments/average.py --weights SPELLS --other BEFORE --share 0.3 --out runs/average
 
-Writes a bundle: the weights (1 - share) times those of --weights and share times those of --other, all else, as the size of the table of positions, from --weights. A share of -s / (1 - s) undoes one of s.
+Writes a bundle: the weights (1 - share) times those of --weights and share times those of --other, all else from --weights, the table of positions too. A share of -s / (1 - s) undoes one of s.
 """
 
 import sys

@@ -439,15 +439,16 @@ def test_pictures_of_several_prompts_are_drawn_at_once(tiny, tmp_path, monkeypat
     assert (np.asarray(Image.open(tmp_path / "00001-1.png")) == pictures[4].numpy()).all()
 
 
-def test_pairs_of_several_sizes(tiny, tmp_path, monkeypatch):
+def test_pairs_of_several_sizes_by_the_sampler_that_is_asked_for(tiny, tmp_path, monkeypatch):
     """Whatever the batch, an equal share of the prompts has each size."""
+    samplers = []
     monkeypatch.setattr(dpo, "is_shapes", lambda config: True)
-    monkeypatch.setattr(dpo, "generate", drawing)
+    monkeypatch.setattr(dpo, "generate", lambda *a, **k: samplers.append(k["sampler"]) or drawing(*a, **k))
     monkeypatch.setattr(dpo, "scores_of", lambda *a: [0.1, 0.9])
-    cfg = dpo.PairsConfig(weights=str(tiny), out=str(tmp_path), prompts=5, samples=2, batch_size=4, sizes="32x32, 48x16")
+    cfg = dpo.PairsConfig(weights=str(tiny), out=str(tmp_path), prompts=5, samples=2, batch_size=4, sizes="32x32, 48x16", sampler="heun")
     dpo.make_pairs(cfg)
     drawn = [Image.open(tmp_path / f"{n:05}-1.png").size for n in range(5)]
-    assert drawn == [(32, 32)] * 3 + [(48, 16)] * 2
+    assert drawn == [(32, 32)] * 3 + [(48, 16)] * 2 and {*samplers} == {"heun"}
     for size, reason in (("32", "--sizes is '32', not like"), ("32x32,", "not like"), ("40x32", "multiple of 16")):
         with pytest.raises(ValueError, match=reason):
             dpo.make_pairs(dpo.replace(cfg, out="absent", sizes=size))
@@ -485,6 +486,7 @@ def test_make_pairs_by_a_person(tiny, tmp_path, monkeypatch, capsys):
     (["make-pairs", "--samples", "1"], "--samples is 1; the least is 2"),
     (["make-pairs"], "is of no `shapes`"), (["compare", "--base", "absent"], "absent is no bundle folder"), (["compare", "--judge", "person"], "'person' is not one of"),
     (["make-pairs", "--judge", "clip", "--prompts-file", "p.jsonl"], "holds no clip_image"), (["make-pairs", "--judge", "person", "--prompts-file", "p.jsonl", "--steps", "2000"], "steps is 2000"),
+    (["make-pairs", "--judge", "person", "--prompts-file", "p.jsonl", "--sampler", "eular"], "unknown sampler 'eular'"),
     (["make-pairs", "--judge", "detector", "--prompts-file", "p.jsonl"], "--judge detector knows what prompts of `shapes` want")])
 def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, monkeypatch, arguments, reason):
     monkeypatch.chdir(tmp_path)
