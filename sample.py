@@ -179,7 +179,7 @@ SETTLED = "steps", "cfg", "shift", "sampler", "image_cfg", "t_last", "noise"
 
 
 def options_of(sampler):
-    """What a sampler takes beside the field, the noise, the grid and the callback."""
+    """The names of a sampler's parameters, of which not every one has path, generator, noise."""
     return inspect.signature(SAMPLERS[sampler]).parameters.keys()
 
 
