@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from config import Parser, one_line_errors
+from config import Parser, one_line_errors, one_of
 from layouts import CONFIGS, FOLDERS, FOREIGN, IGNORED, PREFIXES, PRESETS, RELEASED, TOLD, DiffusersLayout, Layout, arguments, count, diffusers_config, preset
 from mmdit import MMDiT
 from text_encoders import BPETokenizer, CLIPTextEncoder, T5Encoder, TextEncoders, TextSizes, UnigramTokenizer
@@ -674,9 +674,9 @@ def in_safetensors(tensors):
 # The command line
 
 def main():
-    parser = Parser(prog="checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    export = parser.add_subparsers(dest="command", required=True).add_parser("export", help="write a model in another layout, every tensor's bytes as they are")
-    export.add_argument("--format", required=True, choices=EXPORTS)
+    parser = Parser(prog="checkpoint.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    export = parser.add_subparsers(dest="command", required=True).add_parser("export", allow_abbrev=False, help="write a model in another layout, every tensor's bytes as they are")
+    export.add_argument("--format", required=True, type=one_of(EXPORTS), metavar="{" + ",".join(EXPORTS) + "}")
     for name in ("vae", *ENCODERS):
         export.add_argument("--" + name.replace("_", "-"), metavar="FILE", help=f"{name} in a safetensors file of its own")
     export.add_argument("--tokenizers", metavar="DIR", help="folder of vocab.json, merges.txt (CLIP) and tokenizer.json (T5), if they are not beside the weights")

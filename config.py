@@ -4,6 +4,7 @@ A field is declared with `flag(default, help, group)`. Bad input anywhere ends i
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -30,12 +31,17 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def unknown(what, name, known):
+    """The error that names the nearest known value."""
+    near = difflib.get_close_matches(name, known, 1, 0.4)
+    return ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
 def one_of(choices):
-    """A type for argparse that names the nearest known value."""
+    """A type for argparse: one of the choices."""
     def parse(text):
         if text not in choices:
-            near = difflib.get_close_matches(text, choices, 1, 0.4)
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise argparse.ArgumentTypeError(unknown("value", text, choices))
         return text
     return parse
 
@@ -87,8 +93,17 @@ def subcommand(commands, description):
         print(f"{description}\n`python {Path(sys.argv[0]).name} COMMAND --help` lists the flags.")
         sys.exit(0)
     if command not in commands:
-        raise ValueError(f"unknown command {command!r}; known: {', '.join(commands)}")
+        raise unknown("command", command, commands)
     return command
+
+
+@contextlib.contextmanager
+def going_on(how):
+    """Ctrl-C meanwhile ends the program with how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how) from None
 
 
 def one_line_errors(main):
@@ -100,6 +115,6 @@ def one_line_errors(main):
             raise
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("; ".join([f"\n{Path(sys.argv[0]).name}: stopped", *map(str, stop.args)]), file=sys.stderr)
         sys.exit(130)

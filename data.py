@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from config import flag, one_line_errors, parse_config, subcommand
+from config import flag, one_line_errors, parse_config, subcommand, unknown
 from shapes import ASPECTS, KINDS, LEVELS, SIGNS, cells, edited, original_caption, random_scene, render, synthetic_caption, twin
 from shards import (PICTURE_ERRORS, bucket_sizes, cached_index, captions_of, check_columns, expand, index_shards, nearest_buckets, numbers, parse_filter,
                     read_at, read_header, read_index, reason, upright_size)
@@ -72,7 +72,7 @@ class Shapes(Dataset):
     def __init__(self, level="lattice", width=64, height=64, split="train", seed=0, buckets=False, keep_resolution=0):
         levels = {level: (level,) for level in LEVELS} | {"all": LEVELS, "signs": ("lattice",), "texts": LEVELS}
         if level not in levels:
-            raise ValueError(f"unknown level {level!r} of shapes; known: {', '.join(levels)}")
+            raise unknown("level of shapes", level, levels)
         self.levels, self.held_out = levels[level], None if level == "texts" else split == "unseen"
         self.kinds = SIGNS if level == "signs" else KINDS
         self.seed = seed, ("train", "val", "unseen").index(split)
@@ -569,7 +569,7 @@ def open_data(spec, width=64, height=64, split="train", seed=0, **options):
     and keep_resolution, the side of squares that are a third of the samples."""
     name, _, argument = spec.partition(":")
     if name not in SOURCES:
-        raise ValueError(f"unknown data {spec!r}; known: {SPECS}, {COUPLES}")
+        raise unknown("data", name, [*f"{SPECS}, {COUPLES}".split(", ")])
     if not issubclass(SOURCES[name], Shapes) and not argument:
         raise ValueError(f"--data {name} needs a folder: {name}:DIR")
     options = {key: value for key, value in options.items() if value}

@@ -1,5 +1,6 @@
 """Alignment with preferences (App. C): Diffusion-DPO (Wallace et al. 2023) on low-rank adapters (LoRA, Hu et al. 2021) of all linear layers.
 
+    python dpo.py                                                          # both of the following, with their defaults
     python dpo.py make-pairs --out runs/pairs                              # the miniature draws, a program judges: what `dpo.py train` learns from
     python dpo.py train --pairs runs/pairs --beta 300 --steps 400 --out runs/dpo      # then: python sample.py --weights runs/dpo --prompt "..."
     python dpo.py compare --weights runs/dpo --base weights/mini           # wins against the base, diversity
@@ -32,7 +33,7 @@ import checkpoint
 import distributed
 import evaluate
 import train
-from config import check_least, flag, one_line_errors, parse_config, subcommand
+from config import check_least, flag, going_on, one_line_errors, parse_config, subcommand, unknown
 from data import Latents, open_data
 from flow import formulation, shift
 from pipeline import check_fingerprint, claim, conditioned_batches, held_out_batches
@@ -235,10 +236,6 @@ def check(cfg):
     check_least(cfg, rank=1, alpha=0, lr=1e-12, beta=1e-6)
     if Path(cfg.out).resolve() == Path(cfg.weights).resolve():
         raise ValueError(f"--out {cfg.out} is the bundle that is aligned, which would be overwritten")
-    before = Path(cfg.out) / "dpo-config.json"
-    for name, value in checkpoint.read_object(before).items() if cfg.resume and before.exists() else ():
-        if name in ("weights", "pairs", "rank", "alpha") and value != getattr(cfg, name):
-            raise ValueError(f"{cfg.out} was begun with --{name} {value}, not {getattr(cfg, name)}")
     train.check(cfg, distributed.world())
 
 
@@ -370,8 +367,8 @@ def tasks_of(cfg, bundle, seed):
     if not is_shapes(bundle.config):
         raise ValueError(f"{cfg.weights} is of no `shapes`, for which prompts can be made up: give --prompts-file FILE")
     categories = cfg.categories.split(",") if cfg.categories else evaluate.KINDS
-    if unknown := {*categories} - {*evaluate.KINDS}:
-        raise ValueError(f"--categories has {unknown.pop()!r}; known: {','.join(evaluate.KINDS)}")
+    for strange in {*categories} - {*evaluate.KINDS}:
+        raise unknown("category", strange, evaluate.KINDS)
     columns = [evaluate.tasks(category, -(-cfg.prompts // len(categories)), seed) for category in categories]
     return [task for row in zip(*columns) for task in row][:cfg.prompts]
 
@@ -406,6 +403,7 @@ def judge_of(cfg, bundle, tasks):
     return judge
 
 
+@going_on("the same command goes on where it stopped")
 def make_pairs(cfg):
     """Writes OUT/metadata.jsonl and the pictures that it names; judged.jsonl, a line a prompt, is what a stopped run goes on from."""
     check_least(cfg, prompts=1, samples=2, per_prompt=1, seed=0, steps=0, batch_size=0)
@@ -499,6 +497,10 @@ def compare(cfg):
 # ---------------------------------------------------------------------------------------------------------------
 
 def main():
+    if len(sys.argv) == 1:
+        print(f"python dpo.py make-pairs, then python dpo.py train --pairs {PairsConfig.out}")
+        make_pairs(PairsConfig())
+        return train.begin(replace(DPOConfig(), pairs=PairsConfig.out, resume=True), run_dpo)
     command = subcommand(("make-pairs", "train", "compare"), __doc__)
     if command == "train":
         train.begin(parse_config(DPOConfig, sys.argv[2:], __doc__, FLAGS), run_dpo)

@@ -8,6 +8,7 @@
 import itertools
 import json
 import math
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
+from tqdm import tqdm
 
 import checkpoint
 import shapes
@@ -343,11 +345,16 @@ def related(a, b, word, threshold=0.5):
     return {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[word] > threshold
 
 
+def starts(n, batch_size):
+    """Where the batches of n pictures begin; a bar on a terminal."""
+    return tqdm(range(0, n, batch_size), "drawing", leave=False, unit="batch", disable=not sys.stderr.isatty())
+
+
 def geneval(bundle, n, seed=0, unseen=False, categories=CATEGORIES, batch_size=128, **settings):
     """({category: exact success, ..., 'overall': mean, 'geneval': mean by GenEval's rule}, [(task, image, success), ...]) over n prompts a category."""
     todo = [t for category in categories for t in tasks(category, n, seed, unseen)]
     results = []
-    for start in range(0, len(todo), batch_size):
+    for start in starts(len(todo), batch_size):
         part = todo[start:start + batch_size]
         images = generate(bundle, [t.prompt for t in part], seed=seed * 100_000 + start, **settings)
         results += [(t, image, judge(t, detect(image.numpy())[1])) for t, image in zip(part, images)]
@@ -391,7 +398,7 @@ def edits(bundle, n, level="lattice", seed=0, batch_size=64, **settings):
         if not any(left.values()):
             break
     results, right = [], {kind: [] for kind in shapes.EDITS}
-    for start in range(0, len(todo), batch_size):
+    for start in starts(len(todo), batch_size):
         part = todo[start:start + batch_size]
         pictures = torch.from_numpy(np.stack([shapes.render(before, side, side) for before, *_ in part]))
         images = generate(bundle, [instruction for _, _, instruction, _ in part], seed=seed * 100_000 + start, edit=from_uint8(pictures), **settings)
@@ -436,7 +443,7 @@ def clip_and_fid(bundle, level, n=512, seed=0, **settings):
     """{'retrieval': 64-way on true pictures, 'clip_score': of samples, 'fid': of samples against true pictures, both of held-out captions}."""
     _, images, captions = held_out(level, n, *(settings.get(side) or bundle.config["resolution"] for side in ("width", "height")))
     real, text = clip_features(bundle, images, captions)
-    samples = torch.cat([generate(bundle, captions[i:i + 128], seed=seed + i, **settings) for i in range(0, n, 128)])
+    samples = torch.cat([generate(bundle, captions[i:i + 128], seed=seed + i, **settings) for i in starts(n, 128)])
     fake, _ = clip_features(bundle, from_uint8(samples), captions)
     return {"retrieval": retrieval(real, text), "clip_score": clip_score(fake, text), "clip_score_real": clip_score(real, text),
             "fid": frechet_distance(real, fake)}

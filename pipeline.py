@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
-from config import check_least
+from config import check_least, going_on
 from data import LATENT_ARRAYS, Latents, Unreadable, open_data
 from sample import check_device, check_size, from_uint8
 
@@ -339,6 +339,7 @@ def read_sample(dataset, item, rng):
     return dataset[item]
 
 
+@going_on("the same command goes on where it stopped")
 def precompute(cfg):
     """The command `python data.py precompute`: what Latents reads. Each shard is a folder, renamed when it is whole; index.json comes last."""
     check_size(cfg.resolution, cfg.resolution)

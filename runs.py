@@ -32,6 +32,10 @@ def read_metrics(path):
     return rows
 
 
+SETTLED = {"vae": ("latent_channels",), "clip": ("text_width", "clip_length"), "t5": ("text_width", "t5_length"), "dpo": ("weights", "pairs", "rank", "alpha")}     # what a run keeps, by stage
+ARCHITECTURE = ("depth", "qk_norm", "weight_sets", "base_resolution", "formulation")
+
+
 class Run:
     """The files of a stage in a run folder, which rank 0 writes: metrics.jsonl, STAGE-loss.png, and the checkpoints STAGE-STEP.ckpt (with FSDP, folders).
 
@@ -50,12 +54,17 @@ class Run:
         return next(reversed(self.checkpoints().values()), None)
 
     def check_folder(self):
-        """Refuses to overwrite a run or what another made, and to resume one that is further than --steps."""
+        """Refuses to overwrite a run or what another made, and to resume one that is further than --steps or was begun otherwise."""
         done, made = self.done(), max(self.checkpoints(), default=0)
         if not self.cfg.resume and (made or done):
             raise ValueError(f"{self.folder} holds a run of stage {self.cfg.stage}: --resume goes on with it, another --out starts afresh")
+        before = self.folder / f"{self.cfg.stage}-config.json"
+        begun = checkpoint.read_object(before) if before.exists() else {}
+        for name in SETTLED.get(self.cfg.stage, ARCHITECTURE) if self.cfg.resume else ():
+            if begun.get(name, getattr(self.cfg, name)) != getattr(self.cfg, name):
+                raise ValueError(f"{self.folder} was begun with --{name.replace('_', '-')} {begun[name]}, not {getattr(self.cfg, name)}")
         part = self.folder / {"vae": "vae.pt", "clip": "clip_l.pt", "t5": "t5.pt"}.get(self.cfg.stage, "mmdit.pt")
-        if part.exists() and not (self.folder / f"{self.cfg.stage}-config.json").exists():       # `start` writes it
+        if part.exists() and not before.exists():       # `start` writes it
             raise ValueError(f"{part} is there and no run of stage {self.cfg.stage} made it: another --out is needed")
         if made > self.cfg.steps and not done:
             raise ValueError(f"--steps is {self.cfg.steps}, {self.latest()} is further")

@@ -14,7 +14,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 
-from config import flag, one_line_errors, parse_config
+from config import flag, one_line_errors, parse_config, unknown
 
 
 @dataclass
@@ -59,7 +59,6 @@ class SampleConfig:
 if __name__ == "__main__":
     CONFIG = parse_config(SampleConfig, description=__doc__)  # before the heavy imports: --help answers at once
 
-import contextlib
 import inspect
 import re
 from pathlib import Path
@@ -187,7 +186,7 @@ def settled(config, steps, cfg, shift, sampler, image_cfg, t_last, noise):
     """The settings SETTLED of `generate`, from the bundle's config where they are 0, -1 or empty."""
     steps, shift, sampler = steps or config["steps"], shift or config["shift"], sampler or config["sampler"]
     if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+        raise unknown("sampler", sampler, SAMPLERS)
     if not 1 <= steps <= 1000 or not 0 < shift <= 100:
         raise ValueError(f"steps is {steps} and shift {shift}; steps must be in 1..1000, shift above 0 and at most 100")
     cfg = config["cfg"] if cfg < 0 else cfg
@@ -222,14 +221,15 @@ def coder(bundle, tiled):
 
 @torch.inference_mode()
 def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, sampler="", seed=0, width=None, height=None,
-             encoders=("clip_l", "clip_g", "t5"), callback=None, init=None, strength=0.6, mask=None, edit=None, image_cfg=-1.0, t_last=-1.0, tiled=False, noise=-1.0):
+             encoders=("clip_l", "clip_g", "t5"), callback=None, init=None, strength=0.6, mask=None, edit=None, image_cfg=-1.0, t_last=-1.0, tiled=False, noise=-1.0,
+             progress=False):
     """One picture a prompt: uint8 (B, H, W, 3) on the CPU. What is None, 0, -1 or empty is as the bundle's config says; a side of 0 is refused.
 
     Picture i starts from noise of seed + i, so it does not depend on the others. `callback(i, t, images)` is given the data
     estimate, decoded, before each step; it costs a decoding each time. init, an image (3, H, W) in [-1, 1], is the picture to start from: noised to
     t = strength, and redrawn from there on. mask (H, W): 1 where that may be, 0 where every pixel stays. edit, images (B, 3, H, W) in [-1, 1]: the pictures
     that the prompts, then instructions, are to change; cfg is the instructions' guidance, image_cfg the pictures'. tiled: the autoencoder works in
-    bands, to the same pictures in less memory."""
+    bands, to the same pictures in less memory. progress: a bar on a terminal."""
     config = bundle.config
     steps, cfg, shift, sampler, image_cfg, t_last, noise = settled(config, steps, cfg, shift, sampler, image_cfg, t_last, noise)
     width, height = (config["resolution"] if side is None else side for side in (width, height))
@@ -255,13 +255,19 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
             raise ValueError(f"a strength of {strength} leaves none of {steps} steps: take more steps or a higher strength")
         if mask is not None:
             velocity = keeping(velocity, x0, eps, F.max_pool2d(mask[None, None].to(eps), bundle.vae.factor), form)
-    preview = callback and (lambda i, t, z, v: callback(i, float(t), to_uint8(decode(parts(v, z, t, form)[0]))))
     options = {name: value for name, value in {"path": form, "generator": generators, "noise": noise}.items() if name in options_of(sampler)}
-    z = SAMPLERS[sampler](velocity, z, ts.to(z.device), callback=preview, **options)
+    with tqdm(total=len(ts) - 1, desc="sampling", unit="step", disable=not (progress and sys.stderr.isatty())) as bar:
+        def begun(i, t, z, v):
+            bar.update()
+            if callback:
+                callback(i, float(t), to_uint8(decode(parts(v, z, t, form)[0])))
+        z = SAMPLERS[sampler](velocity, z, ts.to(z.device), callback=begun, **options)
     bundle.release("mmdit")
     if not z.isfinite().all():
         raise ValueError(f"the sampler left finite numbers (guidance {cfg}, shift {shift}): no picture is written")
     images = decode(z)
+    if not images.isfinite().all():
+        raise ValueError("the autoencoder made numbers that are not finite: no picture is written")
     bundle.release("vae")
     if mask is not None:
         images = torch.where(mask.to(images.device) > 0, images, init.to(images.device))
@@ -377,16 +383,12 @@ def main():
         start["edit"] = start["edit"].expand(len(wanted), -1, -1, -1)
     frames = []
     used = dict(zip(SETTLED, settled(bundle.config, *(getattr(cfg, name) for name in SETTLED))))
-    with tqdm(total=used["steps"], desc="sampling", unit="step", disable=not sys.stderr.isatty()) if cfg.trajectory else contextlib.nullcontext() as bar:
-        def preview(i, t, images):
-            frames.append(grid(images))
-            bar.update()
-        images = generate(bundle, wanted, cfg.negative_prompt, cfg.steps, cfg.cfg, cfg.shift, cfg.sampler, cfg.seed,
-                          encoders=tuple(filter(None, cfg.encoders.split(","))), callback=preview if cfg.trajectory else None, strength=cfg.strength,
-                          image_cfg=cfg.image_cfg, t_last=cfg.t_last, tiled=cfg.tiled, noise=cfg.noise, **start)
+    images = generate(bundle, wanted, cfg.negative_prompt, cfg.steps, cfg.cfg, cfg.shift, cfg.sampler, cfg.seed,
+                      encoders=tuple(filter(None, cfg.encoders.split(","))), callback=(lambda i, t, images: frames.append(grid(images))) if cfg.trajectory else None,
+                      strength=cfg.strength, image_cfg=cfg.image_cfg, t_last=cfg.t_last, tiled=cfg.tiled, noise=cfg.noise, progress=True, **start)
     picture = grid(images)
     larger = (picture.width * cfg.zoom, picture.height * cfg.zoom)
-    texts = {**asdict(cfg), **used, "prompt": "\n".join(prompts), "software": "nanoSD3"}
+    texts = {**asdict(cfg), **used, "width": images.shape[2], "height": images.shape[1], "prompt": "\n".join(prompts), "software": "nanoSD3"}
     save_png(picture.resize(larger, Image.Resampling.NEAREST), out, texts)
     if cfg.trajectory:
         frames.append(picture)

@@ -17,7 +17,7 @@ and micro-batches: all draw for the whole batch and take their rows. Read on: op
 
 from dataclasses import dataclass, replace
 
-from config import check_least, flag, one_line_errors, parse_config
+from config import check_least, flag, going_on, one_line_errors, parse_config
 
 STAGES = ("vae", "clip", "t5", "pretrain", "finetune", "edit", "all")
 
@@ -269,7 +269,7 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
                 meter.report(run, step, optimizers[-1].param_groups[0]["lr"], bar)
             if step % cfg.eval_every == 0 and step < cfg.steps and not stopping:
                 evaluated()
-            if (step % (cfg.checkpoint_every or cfg.eval_every) == 0 and step < cfg.steps) or stopping or (cfg.milestone_every and step % cfg.milestone_every == 0):
+            if step % (cfg.checkpoint_every or cfg.eval_every) == 0 or step == cfg.steps or stopping or (cfg.milestone_every and step % cfg.milestone_every == 0):
                 run.save(step, module, averages, optimizers, bad=bad)
             if stopping:
                 raise SystemExit(f"\nstopped at step {step}; the same command with --resume goes on" if distributed.rank() == 0 else 1)
@@ -747,6 +747,7 @@ def train(cfg):
     carry_out(runs, TRAIN)
 
 
+@going_on("the same command with --resume goes on")
 def carry_out(runs, functions):
     """One after the other, each by the function of its stage."""
     distributed.barrier()

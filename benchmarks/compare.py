@@ -398,7 +398,7 @@ def main():
         try:
             rows[name] = compare(name, cfg, peak)
         except ImportError as error:
-            print(f"{name}: skipped, {error}")
+            print(f"{name}: skipped, {error}; requirements-dev.txt names what to install")
             continue
         print(printed(rows[name]), flush=True)
         result = {"peak_gflops": peak, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": [rows[name] for name in ROWS if name in rows]}

@@ -33,14 +33,14 @@ class Config:
 
 def trained(cfg, name):
     """The lines of the metrics of one run."""
-    from runs import Run
+    from runs import read_metrics
     folder = Path(cfg.runs) / name.lower()
     if folder.exists():
         raise ValueError(f"{folder} is there: another --runs keeps it")
     settings = {k: getattr(cfg, k) for k in ("weights", "steps", "batch_size", "depth", "lr", "muon_lr", "watch_every")} | {"log_every": cfg.watch_every, "eval_every": cfg.steps}
     flags = [word for k, v in settings.items() for word in ("--" + k.replace("_", "-"), str(v))]
     subprocess.run([sys.executable, ROOT / "train.py", "--stage", "pretrain", "--out", folder, RUNS[name], *flags])
-    lines = Run.read(folder / "metrics.jsonl")
+    lines = read_metrics(folder / "metrics.jsonl")
     if not lines:
         raise ValueError(f"the run {folder} did not begin")
     return lines

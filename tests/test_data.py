@@ -204,7 +204,7 @@ def test_fashion_mnist_files_that_cannot_be_used(tmp_path):
 # ---- open_data
 
 @pytest.mark.parametrize("spec, reason", [
-    ("", "unknown data ''; known: shapes"), ("shape", "unknown data 'shape'"), ("shapes:hard", "unknown level 'hard' of shapes; known: lattice"),
+    ("", "unknown data ''; known: shapes"), ("shape", "unknown data 'shape'"), ("shapes:hard", "unknown level of shapes 'hard'; known: lattice"),
     ("folder", "needs a folder: folder:DIR"), ("fashion-mnist:", "needs a folder"), ("folder:/no/such/place", "is no folder"),
     ("fashion-mnist:/no/such/place", "is not there")])
 def test_bad_specs_say_why(spec, reason):

@@ -428,7 +428,7 @@ def test_pictures_of_several_prompts_are_drawn_at_once(tiny, tmp_path, monkeypat
     monkeypatch.setattr(dpo, "generate", lambda *a, **k: drawn.append((a[1], k["seed"])) or drawing(*a, **k))
     monkeypatch.setattr(dpo, "scores_of", lambda *a: [0.1, 0.9, 0.5])
     cfg = dpo.PairsConfig(weights=str(tiny), out=str(tmp_path), prompts=3, samples=3, batch_size=batch_size, categories="counting,position")
-    with pytest.raises(ValueError, match="--categories has 'size'; known: single object,two objects,counting"):
+    with pytest.raises(ValueError, match="unknown category 'size'; known: single object, two objects, counting"):
         dpo.make_pairs(dpo.replace(cfg, categories="counting,size"))
     dpo.make_pairs(cfg)
     assert len(drawn) == calls and sum(len(prompts) for prompts, _ in drawn) == 9
@@ -475,8 +475,18 @@ def test_make_pairs_by_a_person(tiny, tmp_path, monkeypatch, capsys):
     assert json.loads((out / "metadata.jsonl").read_text()) == {"prompt": "a hen", "chosen": "00001-3.png", "rejected": "00001-0.png"}
 
 
+def test_without_a_command_a_round_of_the_miniature(monkeypatch):
+    begun = []
+    monkeypatch.setattr(sys, "argv", ["dpo.py"])
+    monkeypatch.setattr(dpo, "make_pairs", begun.append)
+    monkeypatch.setattr(dpo.train, "begin", lambda cfg, run: begun.append((cfg, run)))
+    dpo.main()
+    pairs, (aligned, run) = begun
+    assert aligned.pairs == pairs.out and aligned.weights == pairs.weights == "weights/mini" and run is dpo.run_dpo and aligned.resume
+
+
 @pytest.mark.parametrize("arguments, reason", [
-    (["trian"], "unknown command 'trian'; known: make-pairs, train, compare"),
+    (["trian"], "unknown command 'trian'; known: make-pairs, train, compare; did you mean train?"),
     (["train"], "--pairs is missing"),
     (["train", "--pairs", "absent"], "absent holds no prompt with two pictures"),
     (["train", "--pairs", "p.jsonl"], "p.jsonl line 1 is no JSON object with prompt, chosen, rejected"),
@@ -484,7 +494,7 @@ def test_make_pairs_by_a_person(tiny, tmp_path, monkeypatch, capsys):
     (["train", "--pairs", "latents:absent", "--buckets"], "--buckets is for"),
     (["train", "--pairs", "p.jsonl", "--depth", "4"], "unknown flag --depth"),
     (["make-pairs", "--samples", "1"], "--samples is 1; the least is 2"),
-    (["make-pairs"], "is of no `shapes`"), (["compare", "--base", "absent"], "absent is no bundle folder"), (["compare", "--judge", "person"], "'person' is not one of"),
+    (["make-pairs"], "is of no `shapes`"), (["compare", "--base", "absent"], "absent is no bundle folder"), (["compare", "--judge", "person"], "unknown value 'person'"),
     (["make-pairs", "--judge", "clip", "--prompts-file", "p.jsonl"], "holds no clip_image"), (["make-pairs", "--judge", "person", "--prompts-file", "p.jsonl", "--steps", "2000"], "steps is 2000"),
     (["make-pairs", "--judge", "person", "--prompts-file", "p.jsonl", "--sampler", "eular"], "unknown sampler 'eular'"),
     (["make-pairs", "--judge", "detector", "--prompts-file", "p.jsonl"], "--judge detector knows what prompts of `shapes` want")])

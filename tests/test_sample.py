@@ -237,8 +237,22 @@ def test_png_carries_prompt_seed_and_settings(cli, tiny, tmp_path, bundle):
     image = Image.open(out)
     assert image.size == (2 * (32 + 2 + 32), 64) and list(tmp_path.iterdir()) == [out]
     assert image.text["prompt"] == f"{A}\n{B}" and image.text["seed"] == "7" and image.text["steps"] == "3" and float(image.text["cfg"]) == 3
-    assert {name: image.text[name] for name in ("shift", "sampler", "t_last")} == {"shift": "1.0", "sampler": "euler", "t_last": "0.0"}      # what the bundle says
+    said = {"shift": "1.0", "sampler": "euler", "t_last": "0.0", "width": "32", "height": "32"}                                             # by the bundle
+    assert {name: image.text[name] for name in said} == said
     assert (np.asarray(image)[::2, ::2][:, :32] == generate(bundle, [A, B], cfg=3.0, seed=7)[0].numpy()).all()
+
+
+def test_a_bar_on_a_terminal_alone(cli, tiny, tmp_path, monkeypatch):
+    command = "sample.py", "--prompt", A, "--weights", tiny, "--out", tmp_path / "out.png"
+    assert cli(*command)[2] == []
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
+    assert "3/3" in cli(*command)[2][-1]
+
+
+def test_no_picture_of_what_is_not_finite(bundle, monkeypatch):
+    monkeypatch.setattr(bundle.vae, "decode", lambda z: z.new_full((len(z), 3, 32, 32), torch.nan))
+    with pytest.raises(ValueError, match="not finite: no picture is written"):
+        generate(bundle, [A])
 
 
 def test_emoji_and_right_to_left_prompts(cli, tiny, tmp_path):
@@ -280,7 +294,7 @@ def test_another_mmdit_of_the_same_architecture(cli, tiny, tmp_path, bundle):
     (["--prompt", A, "--zoom", "0"], "--zoom is 0"),
     (["--prompt", A, "--wdith", "64"], "unknown flag --wdith; did you mean --width?"),
     (["--prompt", A, "--xyzzy=1"], "unknown flag --xyzzy"),
-    (["--prompt", A, "--dtype", "fp61"], "'fp61' is not one of fp32, bf16, fp16; did you mean fp16?"),
+    (["--prompt", A, "--dtype", "fp61"], "unknown value 'fp61'; known: fp32, bf16, fp16; did you mean fp16?"),
     (["--prompt", A, "--encoders", "clip_l,t6"], "'t6' is no text encoder, known are clip_l, clip_g, t5"),
     (["--prompt", A, "--sampler", "eular"], "unknown sampler 'eular'; known: euler"),
     (["--prompt", A, "--device", "toaster"], "device 'toaster' cannot be used"),

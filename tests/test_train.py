@@ -173,16 +173,16 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(run, tiny, tmp_path, monkeypat
 
 @pytest.mark.parametrize("arguments, reason", [
     (["--data", "shape"], "unknown data 'shape'; known: shapes[:LEVEL], folder:DIR, imagenet:DIR"),
-    (["--data", "shapes:hard"], "unknown level 'hard'"),
+    (["--data", "shapes:hard"], "unknown level of shapes 'hard'"),
     (["--data", "folder:absent"], "absent is no folder"),
     (["--data", "folder:empty"], "empty holds no image with a caption"),
     (["--data", "fashion-mnist:empty"], "is not there"),
     (["--weights", "absent"], "absent is no bundle folder"),
-    (["--stage", "pretran"], "'pretran' is not one of vae, clip, t5, pretrain, finetune, edit, all; did you mean pretrain?"),
+    (["--stage", "pretran"], "unknown value 'pretran'; known: vae, clip, t5, pretrain, finetune, edit, all; did you mean pretrain?"),
     (["--bacth-size", "4"], "unknown flag --bacth-size; did you mean --batch-size?"),
     (["--resolution", "40"], "width is 40 pixels; it must be a multiple of 16"),
     (["--formulation", "rf/lognrm"], "unknown formulation 'rf/lognrm'"),
-    (["--stage", "all", "--chunk", "128", "--data", "shapes:hard"], "unknown level 'hard'"), (["--stage", "vae", "--data", "shapesX"], "unknown data 'shapesX'"),
+    (["--stage", "all", "--chunk", "128", "--data", "shapes:hard"], "unknown level of shapes 'hard'"), (["--stage", "vae", "--data", "shapesX"], "unknown data 'shapesX'"),
     (["--stage", "all", "--chunk", "128", "--data", "folder:empty", "--keep-resolution", "32"], "--keep-resolution is for shapes"), (["--threads", "-1"], "--threads is -1; the least is 0"),
     (["--muon-lr", "-0.02"], "--muon-lr is -0.02; the least is 0"), (["--ema-decay", "-1"], "--ema-decay is -1.0; it is a share"),
     (["--plan", "--buckets"], "--plan counts squares"),
@@ -244,7 +244,21 @@ def test_fewer_steps_than_were_made_are_refused(run, quick, tiny, tmp_path, monk
     before = contents(tmp_path)
     with pytest.raises(ValueError, match="--steps is 2, .*pretrain-0000003.ckpt is further"):
         run(**{**settings, "steps": 2, "cfg": 9.0}, resume=True)
+    with pytest.raises(ValueError, match="mine was begun with --depth 1, not 2"):
+        run(**{**settings, "depth": 2}, resume=True)
     assert contents(tmp_path) == before
+
+
+def test_nothing_is_lost_when_the_last_validation_is_stopped(run, tiny, tmp_path, monkeypatch):
+    settings = dict(stage="pretrain", out=str(tmp_path), weights=str(tiny), steps=2)
+    with monkeypatch.context() as patch:
+        interrupt(patch, "drawn", 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt, match="the same command with --resume goes on"):
+            run(**settings)
+    trained = {name: x.half() for name, x in checkpoint.load_checkpoint(tmp_path / "pretrain-0000002.ckpt")["ema"].items()}
+    monkeypatch.setattr(train, "gradients", None)                                 # there is nothing left to train
+    run(**settings, resume=True)
+    assert same(trained, weights(tmp_path))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run, tiny, tmp_path):
@@ -620,6 +634,14 @@ def test_stages_that_go_on_from_a_model_refuse(refused, tiny, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     flags = ["--batch-size", 4, "--steps", 1, "--resolution", 32, "--chunk", 8, "--workers", 0, "--text-width", 32]
     assert reason in refused("train.py", *flags, *(str(tiny) if a == "TINY" else a for a in arguments))
+
+
+def test_fig_5_of_runs_with_and_without_qk_norm(tiny, tmp_path, cli):
+    flags = {"weights": tiny, "runs": tmp_path / "runs", "out": tmp_path, "steps": 2, "batch-size": 2, "depth": 1, "watch-every": 1}
+    status, lines, _ = cli("experiments/qk_norm.py", *(word for name, value in flags.items() for word in (f"--{name}", value)))
+    assert status == 0 and [line.split(",")[0] for line in lines] == ["QK-norm: to the end", "without: to the end"]
+    curves = checkpoint.read_json(tmp_path / "qk_norm.json")["without"]["curves"]
+    assert [steps for steps, _ in curves.values()] == [[1, 2]] * 3 and (tmp_path / "qk_norm.png").exists()
 
 
 @pytest.mark.slow
