@@ -107,13 +107,13 @@ def going_on(how):
 
 
 def one_line_errors(main):
-    """Run `main`; bad input (ValueError, OSError, an absent package) ends in one line on stderr and exit status 2."""
+    """Run `main`; bad input (ValueError, OSError, an absent package, too much for the memory) ends in one line on stderr and exit status 2."""
     try:
         main()
-    except (ValueError, OSError, ImportError, ArithmeticError) as error:
+    except (ValueError, OSError, ImportError, ArithmeticError, MemoryError) as error:
         if os.environ.get("NANOSD3_TRACEBACK"):  # for developers
             raise
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print("; ".join([f"\n{Path(sys.argv[0]).name}: stopped", *map(str, stop.args)]), file=sys.stderr)

@@ -135,12 +135,17 @@ class ShapeEdits(Shapes):
         return Sample(np.concatenate([self.draw(s, index) for s in (after, scene)], 2), instruction)
 
 
-def fit(image, width, height):
-    """A PIL image, upright and on white, scaled and centre-cropped to (height, width, 3) uint8."""
+def upright(image):
+    """A PIL image as RGB, as its EXIF says turned, and on white where it is transparent."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("RGB")
+    return image.convert("RGB")
+
+
+def fit(image, width, height):
+    """A PIL image, upright, scaled and centre-cropped to (height, width, 3) uint8."""
+    image = upright(image)
     scale = max(width / image.width, height / image.height)
     w, h = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     left, top = (w - width) // 2, (h - height) // 2

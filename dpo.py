@@ -38,7 +38,7 @@ from data import Latents, open_data
 from flow import formulation, shift
 from pipeline import check_fingerprint, claim, conditioned_batches, held_out_batches
 from runs import Run, read_lines
-from sample import check_device, check_prompts, check_size, from_uint8, generate, grid, save_png, settled
+from sample import check_device, check_prompts, check_size, from_uint8, generate, grid, latent_channels, prompts_of, save_png, settled
 from train import TrainConfig
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -139,11 +139,6 @@ def logged(margin, drift):
 # ---------------------------------------------------------------------------------------------------------------
 # dpo.py train
 
-def is_shapes(config):
-    """Does a bundle's config say that the MM-DiT knows the world that a program can judge?"""
-    return str(config.get("data", "")).startswith("shapes")
-
-
 def again(name, default):
     """train.py's flag with another default."""
     return dataclasses.field(default=default, metadata=TrainConfig.__dataclass_fields__[name].metadata)
@@ -186,9 +181,9 @@ def align(cfg):
     if isinstance(dataset, Latents):
         check_fingerprint(dataset, [cfg.weights], cfg.clip_length, cfg.t5_length)
     form, alpha, config = formulation(bundle.config["formulation"]), bundle.config["shift"], bundle.part("mmdit").config
-    ours = isinstance(bundle.part("mmdit"), checkpoint.BundlePart)          # released weights get their LoRA alone
-    if ours and not distributed.rank():
-        checkpoint.copy_parts(cfg.weights, out, (*train.FROZEN, "config"))
+    made, shown = latent_channels(bundle.mmdit)
+    if shown:
+        raise ValueError(f"{cfg.weights} edits pictures: a LoRA is of models that draw them")
     torch.manual_seed(cfg.seed)
     bundle.mmdit = add_lora(bundle.mmdit, cfg.rank, cfg.alpha)
     bundle.mmdit.checkpointing = cfg.checkpointing
@@ -213,7 +208,12 @@ def align(cfg):
 
     generator = torch.Generator().manual_seed(0)
     validation = [(*batch, *noise_for(batch[0], len(batch[0]), generator)) for batch in held_out_batches(held_out, bundle, cfg, 256)]
+    if validation[0][0].shape[1] != 2 * made:
+        raise ValueError(f"{cfg.pairs} has {validation[0][0].shape[1]} channels of latents a pair, not twice {made}: `python data.py precompute --data pairs:...` makes them")
     prompts = train.fixed_prompts(cfg, held_out)
+    ours = isinstance(bundle.part("mmdit"), checkpoint.BundlePart)          # released weights get their LoRA alone
+    if ours and not distributed.rank():
+        checkpoint.copy_parts(cfg.weights, out, (*train.FROZEN, "config"))
 
     @torch.no_grad()
     def validate(model, step):
@@ -241,7 +241,7 @@ def check(cfg):
 
 def run_dpo(cfg):
     config = checkpoint.load_bundle(cfg.weights).config
-    cfg = replace(cfg, data="shapes" if is_shapes(config) else "", **{name: config[name] for name in ("resolution", "clip_length", "t5_length")})
+    cfg = replace(cfg, data="shapes" if evaluate.is_shapes(config) else "", **{name: config[name] for name in ("resolution", "clip_length", "t5_length")})
     check(cfg)
     run = Run(cfg)
     run.check_folder()
@@ -262,7 +262,7 @@ class PairsConfig:
     samples: int = flag(8, "pictures a prompt", "prompts")
     per_prompt: int = flag(1, "pairs a prompt at most: best and worst, second best and second worst, ...", "prompts")
     categories: str = flag("", "of `shapes`, which prompts, by commas: \"counting,position\"; empty: all, signs too", "prompts")
-    seed: int = flag(0, "of prompts and noise; those of evaluate.py are others", "prompts")
+    seed: int = flag(0, "of prompts and noise; evaluate.py draws others, though of few words some come again", "prompts")
     steps: int = flag(0, "steps of the sampler; 0: the bundle's", "sampling")
     cfg: float = flag(-1.0, "guidance scale; -1: the bundle's", "sampling")
     sampler: str = flag("", "of samplers.SAMPLERS; empty: the bundle's. Noise on the way leaves traces in few steps, which alignment would learn: then euler", "sampling")
@@ -362,9 +362,8 @@ def read_choices(path, tasks, samples):
 def tasks_of(cfg, bundle, seed):
     """The prompts: evaluate.Task, without anything `wanted` where no program can judge."""
     if cfg.prompts_file:
-        lines = Path(cfg.prompts_file).read_text("utf-8").splitlines()
-        return [evaluate.Task("", prompt, ()) for prompt in check_prompts([line.strip() for line in lines if line.strip()])]
-    if not is_shapes(bundle.config):
+        return [evaluate.Task("", prompt, ()) for prompt in check_prompts(prompts_of(cfg.prompts_file))]
+    if not evaluate.is_shapes(bundle.config):
         raise ValueError(f"{cfg.weights} is of no `shapes`, for which prompts can be made up: give --prompts-file FILE")
     categories = cfg.categories.split(",") if cfg.categories else evaluate.KINDS
     for strange in {*categories} - {*evaluate.KINDS}:
@@ -442,7 +441,7 @@ def finish(out, rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# dpo.py compare: a model against its base, on prompts that neither evaluate.py nor make-pairs has
+# dpo.py compare: a model against its base, on other draws of prompts than evaluate.py's and make-pairs' (of few words some come again)
 
 @dataclass
 class CompareConfig:

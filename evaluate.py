@@ -74,7 +74,7 @@ def retrieval(image_features, text_features, ways=64):
     """Share of images that rank their own text first among `ways` texts; the rows are taken in groups of `ways`."""
     image, text = (F.normalize(f[: len(f) // ways * ways].unflatten(0, (-1, ways)), dim=-1) for f in (image_features, text_features))
     best = (image @ text.mT).argmax(-1)                                                         # (groups, ways)
-    return (best == torch.arange(ways)).float().mean().item()
+    return (best == torch.arange(ways, device=best.device)).float().mean().item()
 
 
 def frechet_distance(a, b):
@@ -385,10 +385,10 @@ def edit_right(kind, before, after, background, things):
     return shows(after, background, things, loose=touched if kind in ("add", "move") else ())
 
 
-def edits(bundle, n, level="lattice", seed=0, batch_size=64, **settings):
+def edits(bundle, n, level="lattice", seed=0, batch_size=64, width=None, height=None, **settings):
     """({kind of edit: share that is right, 'edits': their mean}, [(instruction, picture, its edit, right), ...]) over n held-out edits a kind."""
-    side = bundle.config["resolution"]
-    world = ShapeEdits(level, side, side, split="val", seed=seed)
+    size = {name: side or bundle.config["resolution"] for name, side in (("width", width), ("height", height))}
+    world = ShapeEdits(level, **size, split="val", seed=seed)
     left, todo = dict.fromkeys(shapes.EDITS, n), []
     for i in itertools.count():
         before, kind, instruction, after = world.edit(i)
@@ -400,8 +400,8 @@ def edits(bundle, n, level="lattice", seed=0, batch_size=64, **settings):
     results, right = [], {kind: [] for kind in shapes.EDITS}
     for start in starts(len(todo), batch_size):
         part = todo[start:start + batch_size]
-        pictures = torch.from_numpy(np.stack([shapes.render(before, side, side) for before, *_ in part]))
-        images = generate(bundle, [instruction for _, _, instruction, _ in part], seed=seed * 100_000 + start, edit=from_uint8(pictures), **settings)
+        pictures = torch.from_numpy(np.stack([shapes.render(before, **size) for before, *_ in part]))
+        images = generate(bundle, [instruction for _, _, instruction, _ in part], seed=seed * 100_000 + start, edit=from_uint8(pictures), **size, **settings)
         for (before, kind, instruction, after), picture, image in zip(part, pictures, images):
             right[kind].append(edit_right(kind, before, after, *detect(image.numpy())))
             results.append((instruction, picture, image, right[kind][-1]))
@@ -424,7 +424,7 @@ def held_out(level, n, width, height):
 def autoencoder(bundle, level, n=256):
     """{'psnr': mean dB, 'detector': share of reconstructions that the detector reads just as the scene}."""
     scenes, images, _ = held_out(level, n, *[bundle.config["resolution"]] * 2)
-    recon = torch.cat([bundle.vae.decode(bundle.vae.to_latents(batch, sample=False)).clamp(-1, 1) for batch in images.split(64)])
+    recon = torch.cat([bundle.vae.decode(bundle.vae.to_latents(batch.to(bundle.device), sample=False)).clamp(-1, 1).cpu() for batch in images.split(64)])
     right = [shows(scene, *detect(image.numpy())) for scene, image in zip(scenes, to_uint8(recon))]
     return {"psnr": psnr(recon, images).mean().item(), "detector": float(np.mean(right))}
 
@@ -435,8 +435,8 @@ def clip_features(bundle, images, captions):
     tower = checkpoint.load_part(bundle.folder, "clip_image", bundle.device, CLIPImageEncoder)
     _, pooled = bundle.text.encode(captions, ("clip_l", "clip_g"))
     halves = [bundle.text.sizes.clip_l, bundle.text.sizes.clip_g]
-    image = torch.cat([tower(batch.to(bundle.device)) for batch in images.split(256)])
-    return tuple(torch.cat([F.normalize(half, dim=1) for half in x.split(halves, 1)], 1) for x in (image, pooled))
+    image = torch.cat([tower(batch.to(bundle.device)).cpu() for batch in images.split(256)])
+    return tuple(torch.cat([F.normalize(half, dim=1) for half in x.split(halves, 1)], 1) for x in (image, pooled.cpu()))
 
 
 def clip_and_fid(bundle, level, n=512, seed=0, **settings):
@@ -451,6 +451,11 @@ def clip_and_fid(bundle, level, n=512, seed=0, **settings):
 
 # ---------------------------------------------------------------------------------------------------------------
 
+def is_shapes(config):
+    """Does a bundle's config say that the MM-DiT knows the world that a program can judge?"""
+    return str(config.get("data", "")).startswith(("shapes", "shape-edits"))
+
+
 @dataclass
 class EvaluateConfig:
     weights: str = flag("weights/mini", "a bundle folder", "what")
@@ -464,7 +469,7 @@ class EvaluateConfig:
     shift: float = flag(0.0, "timestep shift; 0: the bundle's", "sampling")
     t_last: float = flag(-1.0, "where the last step begins; -1: the bundle's", "sampling")
     sampler: str = flag("", "solver; empty: the bundle's", "sampling")
-    noise: float = flag(-1.0, "of stochastic samplers; -1: the bundle's", "sampling")
+    noise: float = flag(-1.0, "of stochastic samplers; -1: the bundle's with its own sampler, 1 with another", "sampling")
     width: int = flag(0, "of the samples; 0: the bundle's", "sampling", unit="pixels")
     height: int = flag(0, "likewise", "sampling", unit="pixels")
     device: str = flag("cpu", "cpu, cuda, mps", "machine")
@@ -485,12 +490,18 @@ def main():
     check_least(cfg, prompts=1, seed=0)
     check_device(cfg.device)
     bundle = checkpoint.load_bundle(cfg.weights, cfg.device)
-    if not bundle.config.get("data", "shapes").startswith("shape"):
-        raise ValueError(f"{cfg.weights} was trained on {bundle.config['data']}; what is counted here are the things of `shapes`")
+    if not is_shapes(bundle.config):
+        raise ValueError(f"{cfg.weights} was trained on {bundle.config.get('data', 'other pictures')}; what is counted here are the things of `shapes`")
     sampling = {name: getattr(cfg, name) for name in ("steps", "cfg", "shift", "t_last", "sampler", "noise")} | {name: getattr(cfg, name) or None for name in ("width", "height")}
     if latent_channels(bundle.mmdit)[1]:
         return evaluate_edits(bundle, cfg, sampling)
+    if not cfg.quick and not (bundle.folder / "clip_image.json").exists():
+        raise ValueError(f"{cfg.weights} holds no clip_image, which sees the pictures for CLIP's score: --quick does without")
     scores = {}
+
+    def keep():
+        if cfg.out:
+            checkpoint.write_json(Path(cfg.out) / "scores.json", scores)
     for name, unseen in (("seen pairs", False), ("unseen pairs", True)):
         scores[name], results = geneval(bundle, cfg.prompts, cfg.seed, unseen, **sampling)
         print(name, json.dumps(scores[name], indent=1))
@@ -498,14 +509,15 @@ def main():
             for category in CATEGORIES:
                 shown = [image for t, image, _ in results if t.category == category][:32]
                 save_png(grid(torch.stack(shown), columns=8), Path(cfg.out) / f"{name}-{category}.png".replace(" ", "-"), {"category": category})
+        keep()
     if not cfg.quick:
         scores["typography"] = {name: typography(bundle, cfg.prompts, cfg.seed, unseen, **sampling) for name, unseen in
                                 (("random letters", False), ("unseen words", True))}
+        keep()
         scores["autoencoder"] = autoencoder(bundle, cfg.level)
         scores["clip"] = clip_and_fid(bundle, cfg.level, seed=cfg.seed, **sampling)
         print(json.dumps({name: scores[name] for name in ("typography", "autoencoder", "clip")}, indent=1))
-    if cfg.out:
-        checkpoint.write_json(Path(cfg.out) / "scores.json", scores)
+        keep()
 
 
 if __name__ == "__main__":

@@ -37,13 +37,13 @@ class SampleConfig:
     shift: float = flag(0.0, "timestep shift alpha of Eq. 23, of t or, on curved paths, of the share of the log-SNR range that is left; 0: the bundle's", "sampling")
     t_last: float = flag(-1.0, "noise level from which the last step goes to the picture at once; -1: the bundle's", "sampling")
     sampler: str = flag("", "solver; empty: the bundle's (euler, heun, ancestral, ...)", "sampling")
-    noise: float = flag(-1.0, "of the samplers ancestral and sde, how much is fresh on the way: 0 none, 1 as in DDPM; -1: the bundle's", "sampling")
+    noise: float = flag(-1.0, "of the samplers ancestral and sde, how much is fresh on the way: 0 none, 1 as in DDPM; -1: the bundle's with its own sampler, 1 with another", "sampling")
     seed: int = flag(0, "picture i is drawn from noise of seed + i", "sampling")
     width: int = flag(None, "width, a multiple of 16; the bundle's unless given", "picture", unit="pixels")
     height: int = flag(None, "height, a multiple of 16; the bundle's unless given", "picture", unit="pixels")
     num: int = flag(1, "pictures a prompt", "picture")
     init_image: str = flag("", "picture to start from; its size is the default of --width and --height", "picture")
-    strength: float = flag(0.6, "how much of --init-image is drawn anew, from 0 (nothing) to 1 (all)", "picture")
+    strength: float = flag(-1.0, "how much of --init-image is drawn anew, from 0 (nothing) to 1 (all); -1: 0.6", "picture")
     edit_image: str = flag("", "picture to edit, the prompt being the instruction (App. D); for a model of train.py --stage edit; its size as of --init-image", "picture")
     image_cfg: float = flag(-1.0, "guidance scale towards --edit-image, 1 is none; --cfg is then that of the instruction; -1: the bundle's", "sampling")
     mask: str = flag("", "picture that is white where --init-image is to be redrawn, black where it stays", "picture")
@@ -70,8 +70,10 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import checkpoint
+from data import upright
 from flow import formulation
 from samplers import SAMPLERS, guided, guided_edit, keeping, parts, randn, start_from, timesteps, timesteps_log_snr
+from shards import PICTURE_ERRORS
 
 MAX_PROMPT, MAX_SIDE = 2000, 4096
 MAX_ROWS = 2048  # times x samples whose modulations are made ahead of sampling: 0.1 GB for the miniature
@@ -112,7 +114,7 @@ def check_start(n, init, mask, strength, edit, width, height):
 
 def check_device(name):
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
@@ -191,11 +193,14 @@ def settled(config, steps, cfg, shift, sampler, image_cfg, t_last, noise):
         raise ValueError(f"steps is {steps} and shift {shift}; steps must be in 1..1000, shift above 0 and at most 100")
     cfg = config["cfg"] if cfg < 0 else cfg
     image_cfg = config.get("image_cfg", 1.0) if image_cfg < 0 else image_cfg
-    t_last = config.get("t_last", 0.0) if t_last < 0 else t_last
+    if t_last > 0 and sampler == "bs23":
+        raise ValueError("the sampler bs23 finds its own steps: t_last is for the others")
+    t_last = 0.0 if sampler == "bs23" else config.get("t_last", 0.0) if t_last < 0 else t_last
     stochastic = [name for name in SAMPLERS if "noise" in options_of(name)]
     if noise >= 0 and sampler not in stochastic:
         raise ValueError(f"the sampler {sampler} draws no noise on the way: noise is for {', '.join(stochastic)}")
-    noise = 0.0 if sampler not in stochastic else config.get("noise", 1.0) if noise < 0 else noise
+    usual = config.get("noise", 1.0) if sampler == config["sampler"] else 1.0          # noise is another thing to each of them
+    noise = 0.0 if sampler not in stochastic else usual if noise < 0 else noise
     return steps, cfg, shift, sampler, image_cfg, t_last, noise
 
 
@@ -225,7 +230,7 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
              progress=False):
     """One picture a prompt: uint8 (B, H, W, 3) on the CPU. What is None, 0, -1 or empty is as the bundle's config says; a side of 0 is refused.
 
-    Picture i starts from noise of seed + i, so it does not depend on the others. `callback(i, t, images)` is given the data
+    Picture i starts from noise of seed + i, so it does not depend on the others (but for bs23, whose steps suit all). `callback(i, t, images)` is given the data
     estimate, decoded, before each step; it costs a decoding each time. init, an image (3, H, W) in [-1, 1], is the picture to start from: noised to
     t = strength, and redrawn from there on. mask (H, W): 1 where that may be, 0 where every pixel stays. edit, images (B, 3, H, W) in [-1, 1]: the pictures
     that the prompts, then instructions, are to change; cfg is the instructions' guidance, image_cfg the pictures'. tiled: the autoencoder works in
@@ -239,7 +244,7 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
         raise ValueError(f"seed is {seed}; at most 2^62 is taken")
 
     if init is not None and strength <= t_last:
-        t_last = 0.0                              # begun below it, the grid would have no step
+        t_last = 0.0                              # begun below it, one step would be all
     form = formulation(config["formulation"])
     ts = time_grid(form, config.get("schedule", "uniform"), steps, shift, t_last)
     encode, decode = coder(bundle, tiled)
@@ -252,9 +257,10 @@ def generate(bundle, prompts, negative_prompt="", steps=0, cfg=-1.0, shift=0.0, 
         x0 = encode(init[None])
         z, ts = start_from(x0, eps, ts, strength, form)
         if len(ts) < 2:
-            raise ValueError(f"a strength of {strength} leaves none of {steps} steps: take more steps or a higher strength")
+            raise ValueError(f"a strength of {strength} leaves nothing to draw: the path ends at t = {form.t_min}")
         if mask is not None:
             velocity = keeping(velocity, x0, eps, F.max_pool2d(mask[None, None].to(eps), bundle.vae.factor), form)
+    bundle.release("vae")
     options = {name: value for name, value in {"path": form, "generator": generators, "noise": noise}.items() if name in options_of(sampler)}
     with tqdm(total=len(ts) - 1, desc="sampling", unit="step", disable=not (progress and sys.stderr.isatty())) as bar:
         def begun(i, t, z, v):
@@ -298,16 +304,17 @@ def save_png(image, path, texts):
     """The PNG carries `texts`, a dict, as text chunks."""
     info = PngImagePlugin.PngInfo()
     for key, value in texts.items():
-        info.add_itxt(key, str(value))
+        info.add_itxt(key, str(value).encode("utf-8", "backslashreplace").decode())     # a path may be of other bytes
     checkpoint.write(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 
 def open_picture(path):
     try:
         image = Image.open(path)
-        image.load()
-        return image
-    except (Image.UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        return upright(image)
+    except PICTURE_ERRORS as error:
+        if getattr(error, "errno", None):             # of the file system, which names the file
+            raise
         raise ValueError(f"{path} is no picture that can be read: {error}") from None
 
 
@@ -319,13 +326,15 @@ def read_init(cfg):
         raise ValueError("--image-cfg needs the --edit-image that it leads towards")
     if cfg.init_image and cfg.edit_image:
         raise ValueError("--init-image and --edit-image are two ways to start from a picture: give one of them")
+    if cfg.strength != -1 and not cfg.init_image:
+        raise ValueError("--strength is of the --init-image, how much of which is drawn anew")
     if not cfg.init_image and not cfg.edit_image:
         return {"width": cfg.width, "height": cfg.height}
     with open_picture(cfg.init_image or cfg.edit_image) as image:
         size = image.width if cfg.width is None else cfg.width, image.height if cfg.height is None else cfg.height
         check_size(*size)
-        pixels = torch.from_numpy(np.array(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)))
-    given = {"width": size[0], "height": size[1], "init" if cfg.init_image else "edit": from_uint8(pixels[None])[0]}
+        pixels = torch.from_numpy(np.array(image.resize(size, Image.Resampling.LANCZOS)))
+    given = {"strength": 0.6 if cfg.strength == -1 else cfg.strength, "width": size[0], "height": size[1], "init" if cfg.init_image else "edit": from_uint8(pixels[None])[0]}
     if cfg.mask:
         with open_picture(cfg.mask) as image:
             given["mask"] = torch.from_numpy(np.array(image.convert("L").resize(size, Image.Resampling.NEAREST)) > 127).float()
@@ -342,10 +351,19 @@ def read_lora_flags(cfg):
             yield text, 1.0
 
 
+def prompts_of(path):
+    """The lines of a text file, but for blank ones."""
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
 def read_prompts(cfg):
     prompts = list(cfg.prompt)
     if cfg.prompts_file:
-        prompts += [line.strip() for line in Path(cfg.prompts_file).read_text("utf-8").splitlines() if line.strip()]
+        prompts += prompts_of(cfg.prompts_file)
     return check_prompts(prompts)
 
 
@@ -371,6 +389,9 @@ def main():
         parent = Path(path).parent
         if not parent.is_dir() or not os.access(parent, os.W_OK) or Path(path).is_dir():
             raise ValueError(f"{path} cannot be written: " + ("it is a folder" if Path(path).is_dir() else f"{parent} is no folder or not writable"))
+    for path, kind in (cfg.out, "PNG"), (cfg.trajectory, "GIF"):
+        if Image.registered_extensions().get(Path(path).suffix.lower(), kind) != kind:
+            raise ValueError(f"{path}: what is written there is a {kind}")
     check_device(cfg.device)
     start = read_init(cfg)
     files = {name: getattr(cfg, name) for name in ("vae", *checkpoint.ENCODERS)}
@@ -385,7 +406,7 @@ def main():
     used = dict(zip(SETTLED, settled(bundle.config, *(getattr(cfg, name) for name in SETTLED))))
     images = generate(bundle, wanted, cfg.negative_prompt, cfg.steps, cfg.cfg, cfg.shift, cfg.sampler, cfg.seed,
                       encoders=tuple(filter(None, cfg.encoders.split(","))), callback=(lambda i, t, images: frames.append(grid(images))) if cfg.trajectory else None,
-                      strength=cfg.strength, image_cfg=cfg.image_cfg, t_last=cfg.t_last, tiled=cfg.tiled, noise=cfg.noise, progress=True, **start)
+                      image_cfg=cfg.image_cfg, t_last=cfg.t_last, tiled=cfg.tiled, noise=cfg.noise, progress=True, **start)
     picture = grid(images)
     larger = (picture.width * cfg.zoom, picture.height * cfg.zoom)
     texts = {**asdict(cfg), **used, "width": images.shape[2], "height": images.shape[1], "prompt": "\n".join(prompts), "software": "nanoSD3"}

@@ -132,8 +132,9 @@ def parts(v, z, t, path=STRAIGHT):
 
 
 def start_from(x0, eps, ts, strength, path=STRAIGHT):
-    """Image to image: (z, ts) to begin at the first t of the grid that is not above `strength` in [0, 1]."""
-    ts = ts[ts <= strength] if strength < ts[0] else ts
+    """Image to image: (z, ts) to begin at t = `strength` in [0, 1], or where the grid does, and go on at the grid's next t."""
+    if strength < ts[0]:
+        ts = torch.cat([ts.new_tensor([strength]), ts[ts < strength]])
     return path.a(ts[0]) * x0 + path.b(ts[0]) * eps, ts
 
 

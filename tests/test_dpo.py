@@ -1,5 +1,6 @@
 """dpo.py and the LoRA files of checkpoint.py."""
 
+import dataclasses
 import inspect
 import itertools
 import json
@@ -279,8 +280,8 @@ def align(tiny, preferences, tmp_path, monkeypatch):
     def run(name, **settings):
         torch.set_num_threads(1)
         cfg = dpo.DPOConfig(weights=str(tiny), pairs=str(preferences), out=str(tmp_path / name), rank=2, lr=0.02, warmup=1, batch_size=4, chunk=12, workers=0, log_every=1,
-                            precision="fp32", **settings)
-        dpo.train.begin(cfg, dpo.run_dpo)
+                            precision="fp32")
+        dpo.train.begin(dataclasses.replace(cfg, **settings), dpo.run_dpo)
         return tmp_path / name, [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
     return run
 
@@ -306,6 +307,19 @@ def test_another_bundle_is_not_overwritten(align, tiny, tmp_path):
         with pytest.raises(ValueError, match="mmdit.pt is there and no run of stage dpo made it"):
             align("mine", steps=1, resume=resume)
     assert before == {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+
+
+def test_latents_of_no_pairs_and_models_that_edit_are_refused(align, tiny, tmp_path):
+    pipeline.precompute(data.PrecomputeConfig(data="shapes", weights=str(tiny), out=str(tmp_path / "latents"), samples=64, resolution=32, workers=0))
+    with pytest.raises(ValueError, match="has 4 channels of latents a pair, not twice 4"):
+        align("out", steps=1, pairs=f"latents:{tmp_path}/latents")
+    edit = tmp_path / "edit"
+    checkpoint.copy_parts(tiny, edit)
+    config = checkpoint.read_json(edit / "mmdit.json") | {"in_channels": 8, "out_channels": 4}
+    checkpoint.save_part(edit, "mmdit", MMDiT(**config), config)
+    with pytest.raises(ValueError, match="edit edits pictures"):
+        align("out", steps=1, weights=str(edit))
+    assert not (tmp_path / "out").exists()
 
 
 def test_pairs_of_every_size_are_validated_on(align, preferences):
@@ -399,7 +413,7 @@ def drawing(bundle, prompts, seed=0, **settings):
 
 def test_make_pairs_by_a_program_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(dpo, "is_shapes", lambda config: True)
+    monkeypatch.setattr(evaluate, "is_shapes", lambda config: True)
     monkeypatch.setattr(dpo, "generate", lambda *a, **k: calls.append(k["seed"]) or drawing(*a, **k))
     scores = iter([[0.1, 0.9, 0.5], [0.5, 0.5, 0.5], [0.9, 0.2, 0.1]])
     monkeypatch.setattr(dpo, "scores_of", lambda *a: next(scores))
@@ -424,7 +438,7 @@ def test_make_pairs_by_a_program_goes_on_where_it_stopped(tiny, tmp_path, monkey
 @pytest.mark.parametrize("batch_size, calls", [(0, 3), (7, 2), (64, 1)])
 def test_pictures_of_several_prompts_are_drawn_at_once(tiny, tmp_path, monkeypatch, batch_size, calls):
     drawn = []
-    monkeypatch.setattr(dpo, "is_shapes", lambda config: True)
+    monkeypatch.setattr(evaluate, "is_shapes", lambda config: True)
     monkeypatch.setattr(dpo, "generate", lambda *a, **k: drawn.append((a[1], k["seed"])) or drawing(*a, **k))
     monkeypatch.setattr(dpo, "scores_of", lambda *a: [0.1, 0.9, 0.5])
     cfg = dpo.PairsConfig(weights=str(tiny), out=str(tmp_path), prompts=3, samples=3, batch_size=batch_size, categories="counting,position")
@@ -442,7 +456,7 @@ def test_pictures_of_several_prompts_are_drawn_at_once(tiny, tmp_path, monkeypat
 def test_pairs_of_several_sizes_by_the_sampler_that_is_asked_for(tiny, tmp_path, monkeypatch):
     """Whatever the batch, an equal share of the prompts has each size."""
     samplers = []
-    monkeypatch.setattr(dpo, "is_shapes", lambda config: True)
+    monkeypatch.setattr(evaluate, "is_shapes", lambda config: True)
     monkeypatch.setattr(dpo, "generate", lambda *a, **k: samplers.append(k["sampler"]) or drawing(*a, **k))
     monkeypatch.setattr(dpo, "scores_of", lambda *a: [0.1, 0.9])
     cfg = dpo.PairsConfig(weights=str(tiny), out=str(tmp_path), prompts=5, samples=2, batch_size=4, sizes="32x32, 48x16", sampler="heun")
@@ -513,7 +527,7 @@ def test_compare_counts_wins_and_diversity(tiny, tmp_path, monkeypatch, capsys):
         noise = torch.randint(0, 100, (len(prompts), 16, 16, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
         return noise // 2 + 100 if bundle.folder == tmp_path else noise
     monkeypatch.setattr(dpo, "generate", drawn)
-    monkeypatch.setattr(dpo, "is_shapes", lambda config: True)
+    monkeypatch.setattr(evaluate, "is_shapes", lambda config: True)
     monkeypatch.setattr(dpo, "scores_of", lambda bundle, judge, task, images: images.float().mean((1, 2, 3)).div(100).tolist())
     checkpoint.copy_parts(tiny, tmp_path)
     dpo.compare(dpo.CompareConfig(weights=str(tmp_path), base=str(tiny), prompts=3, out=str(tmp_path / "numbers.json")))
@@ -523,7 +537,7 @@ def test_compare_counts_wins_and_diversity(tiny, tmp_path, monkeypatch, capsys):
     assert dpo.win_rate([1, 2, 3], [1.01, 1, 4], 0.05) == pytest.approx((0.5, 2 / 3))
 
 
-@pytest.mark.parametrize("command", re.findall(r"python dpo\.py ([^\n#`]*)|dpo\.py (train --[^\n#`]*)", (ROOT / "README.md").read_text() + dpo.__doc__), ids=str)
+@pytest.mark.parametrize("command", re.findall(r"python dpo\.py (\w[^\n#`]*)|dpo\.py (train --[^\n#`]*)", (ROOT / "README.md").read_text() + dpo.__doc__), ids=str)
 def test_commands_that_are_shown_parse(command):
     name, *flags = (command[0] or command[1]).split()
     config = parse_config(*{"train": (dpo.DPOConfig, flags, "", dpo.FLAGS), "make-pairs": (dpo.PairsConfig, flags), "compare": (dpo.CompareConfig, flags)}[name])

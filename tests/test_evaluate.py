@@ -206,6 +206,7 @@ def test_geneval_and_typography_count_right(monkeypatch):
 
 
 def test_the_command_takes_other_sizes(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "is_shapes", lambda config: True)
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--weights", str(tiny), "--quick", "--prompts", "2", "--steps", "1", "--width", "48", "--height", "32", "--out", str(tmp_path)])
     evaluate.main()
     assert {"seen pairs", "unseen pairs"} == checkpoint.read_object(tmp_path / "scores.json").keys() and '"overall"' in capsys.readouterr().out
@@ -217,6 +218,7 @@ def test_models_of_other_data_are_refused(refused, tiny, tmp_path):
     checkpoint.copy_parts(tiny, tmp_path)
     checkpoint.write_json(tmp_path / "config.json", {**checkpoint.read_json(tiny / "config.json"), "data": "folder:photos"})
     assert "was trained on folder:photos; what is counted here are the things of `shapes`" in refused("evaluate.py", "--weights", tmp_path)
+    assert "was trained on other pictures" in refused("evaluate.py", "--weights", tiny)
     flags = "--init-from", tmp_path, "--steps", 1, "--resolution", 32, "--workers", 0, "--out", tmp_path / "out"
     assert "was trained on folder:photos: --data says on what to go on" in refused("train.py", "--stage", "finetune", *flags)
 
@@ -226,7 +228,7 @@ def test_no_prompts_are_refused(refused, tiny):
 
 
 def test_autoencoder_score_of_the_identity_and_of_gray():
-    same = SimpleNamespace(config={"resolution": 64}, vae=SimpleNamespace(to_latents=lambda x, sample: x, decode=lambda z: z))
+    same = SimpleNamespace(config={"resolution": 64}, device="cpu", vae=SimpleNamespace(to_latents=lambda x, sample: x, decode=lambda z: z))
     assert evaluate.autoencoder(same, "lattice", 20) == {"psnr": math.inf, "detector": 1.0}
     same.vae.decode = torch.zeros_like
     gray = evaluate.autoencoder(same, "lattice", 20)
@@ -367,7 +369,7 @@ def test_edits_counts_right(monkeypatch):
     for before, kind, instruction, after in map(world.edit, range(500)):
         true.setdefault(instruction, []).append((before, after if kind in ("recolor", "remove") else before))
 
-    def drawn(bundle, prompts, seed, edit):
+    def drawn(bundle, prompts, seed, edit, width, height):
         pictures = ((edit + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
         return torch.stack([next(torch.tensor(render(after)) for before, after in true[prompt] if (render(before) == picture.numpy()).all()) for prompt, picture in zip(prompts, pictures)])
     monkeypatch.setattr(evaluate, "generate", drawn)

@@ -84,8 +84,12 @@ def test_settings_default_to_the_bundles(bundle, monkeypatch):
     explicit = generate(bundle, [A], steps=3, cfg=2.0, shift=1.0, sampler="euler", width=32, height=32)
     assert generate(bundle, [A]).equal(explicit)
     assert generate(bundle, [A], sampler="ancestral").equal(generate(bundle, [A], sampler="ancestral", noise=1.0))
-    monkeypatch.setitem(bundle.config, "noise", 0.0)
-    assert generate(bundle, [A], sampler="ancestral").equal(generate(bundle, [A], sampler="ddim")) and generate(bundle, [A]).equal(explicit)
+    for name, value in {"noise": 0.0, "sampler": "ancestral"}.items():
+        monkeypatch.setitem(bundle.config, name, value)
+    assert generate(bundle, [A]).equal(generate(bundle, [A], sampler="ddim")) and generate(bundle, [A], sampler="euler").equal(explicit)
+    assert generate(bundle, [A], sampler="sde").equal(generate(bundle, [A], sampler="sde", noise=1.0))       # to which noise is another thing
+    monkeypatch.setitem(bundle.config, "t_last", 0.5)
+    assert generate(bundle, [A], sampler="bs23").equal(generate(bundle, [A], sampler="bs23", t_last=0.0))
 
 
 def test_guidance(bundle):
@@ -149,7 +153,8 @@ def test_callback_sees_the_data_estimate_at_every_step(bundle):
 
 @pytest.mark.parametrize("bad, reason", [(dict(sampler="eulr"), "unknown sampler 'eulr'; known: euler, "), (dict(steps=1001), "steps is 1001"), (dict(shift=-1.0), "shift -1.0"),
                                          (dict(seed=2 ** 70), "at most 2"), (dict(encoders=("clip",)), "'clip' is no text encoder, known are clip_l"),
-                                         (dict(cfg=1e38), "left finite numbers"), (dict(noise=1.0), "euler draws no noise on the way: noise is for sde, ancestral")])
+                                         (dict(cfg=1e38), "left finite numbers"), (dict(noise=1.0), "euler draws no noise on the way: noise is for sde, ancestral"),
+                                         (dict(sampler="bs23", t_last=0.3), "bs23 finds its own steps")])
 def test_settings_that_cannot_be_used(bundle, bad, reason):
     with pytest.raises(ValueError, match=reason):
         generate(bundle, [A], **bad)
@@ -193,10 +198,16 @@ def test_inpainting_leaves_every_other_pixel(bundle, sampler, monkeypatch):
 @pytest.mark.parametrize("settings, reason", [
     (dict(init=picture(48, 32)), r"the picture to start from is \(3, 32, 48\), it must be \(3, 32, 32\) to draw 32 x 32"),
     (dict(init=picture(), mask=torch.ones(16, 16)), r"the mask is \(16, 16\)"), (dict(init=picture(), strength=0.0), "strength is 0.0"), (dict(init=picture(), strength=1.5), "strength is 1.5"),
-    (dict(init=picture(), strength=0.01), "a strength of 0.01 leaves none of 3 steps"), (dict(mask=torch.ones(32, 32)), "a mask needs the picture")])
+    (dict(mask=torch.ones(32, 32)), "a mask needs the picture")])
 def test_pictures_that_cannot_be_started_from(bundle, settings, reason):
     with pytest.raises(ValueError, match=reason):
         generate(bundle, [A], **settings)
+
+
+def test_a_strength_below_the_end_of_a_path(bundle, monkeypatch):
+    monkeypatch.setitem(bundle.config, "formulation", "eps/linear")
+    with pytest.raises(ValueError, match="a strength of 1e-06 leaves nothing to draw: the path ends at t = 1e-05"):
+        generate(bundle, [A], init=picture(), strength=1e-6)
 
 
 def test_init_image_and_mask_from_the_command_line(cli, refused, tiny, tmp_path):
@@ -208,10 +219,17 @@ def test_init_image_and_mask_from_the_command_line(cli, refused, tiny, tmp_path)
     assert drawn.shape == (32, 48, 3) and (drawn[:16] == init[:16]).all() and (drawn[16:] != init[16:]).any()      # the picture's own size
     assert cli(*flags, tmp_path / "init.png", "--width", 32, "--height", 64)[0] == 0 and Image.open(out).size == (32, 64)
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "half.png").write_bytes((tmp_path / "init.png").read_bytes()[:-60])
     Image.new("RGB", (33, 32)).save(tmp_path / "odd.png")
-    assert "text.png is no picture" in refused(*flags, tmp_path / "text.png") and "absent.png" in refused(*flags, tmp_path / "absent.png")
+    assert all(f"{name}.png is no picture" in refused(*flags, tmp_path / f"{name}.png") for name in ("text", "half")) and "absent.png" in refused(*flags, tmp_path / "absent.png")
     assert "width is 33 pixels; it must be a multiple of 16" in refused(*flags, tmp_path / "odd.png")
     assert "--mask needs the --init-image" in refused(*flags[:-1], "--mask", tmp_path / "mask.png")
+    assert "--strength is of the --init-image" in refused(*flags[:-1], "--strength", 0.6)
+    turned, clear = Image.Exif(), Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    turned[0x0112] = 6
+    Image.open(tmp_path / "init.png").save(tmp_path / "turned.jpg", exif=turned)
+    clear.save(tmp_path / "clear.png")
+    assert sample.open_picture(tmp_path / "turned.jpg").size == (32, 48) and sample.open_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_prompts_that_cannot_be_used():
@@ -257,7 +275,7 @@ def test_no_picture_of_what_is_not_finite(bundle, monkeypatch):
 
 def test_emoji_and_right_to_left_prompts(cli, tiny, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("דמות של עיגול אדום\n\n  دائرة حمراء 🔴👩‍👩‍👧‍👦\n\u202e🟦\n", encoding="utf-8")
+    prompts.write_text("\ufeffדמות של עיגול אדום\n\n  دائرة حمراء 🔴👩‍👩‍👧‍👦\n\u202e🟦\n", encoding="utf-8")
     out = tmp_path / "out.png"
     assert cli("sample.py", "--prompt", "🔴 над 🟦", "--prompts-file", prompts, "--weights", tiny, "--out", out)[::2] == (0, [])
     assert Image.open(out).text["prompt"] == "🔴 над 🟦\nדמות של עיגול אדום\nدائرة حمراء 🔴👩‍👩‍👧‍👦\n\u202e🟦" and Image.open(out).size == (66, 66)
@@ -304,6 +322,9 @@ def test_another_mmdit_of_the_same_architecture(cli, tiny, tmp_path, bundle):
     (["--prompt", A, "--out", ""], "it is a folder"),
     (["--prompt", A, "--out", "file/out.png"], "file/out.png cannot be written"),
     (["--prompt", A, "--trajectory", "absent/x.gif"], "absent/x.gif cannot be written"),
+    (["--prompt", A, "--out", "out.jpg"], "out.jpg: what is written there is a PNG"), (["--prompt", A, "--trajectory", "out.png"], "out.png: what is written there is a GIF"),
+    (["--prompt", A, "--device", "meta"], "device 'meta' cannot be used"),
+    (["--prompts-file", "latin.txt"], "latin.txt is no text in UTF-8"),
     (["--prompt", A, "--weights", "absent"], "absent is no bundle folder"),
     (["--prompt", A, "--weights", "file"], "file is no safetensors file, or damaged"),
     (["--prompt", A, "--weights", "."], "config.json is not there")])
@@ -311,8 +332,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, m
     monkeypatch.chdir(tmp_path)
     for name in ("file", "out.png"):
         (tmp_path / name).write_text("was here before")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     assert reason in refused("sample.py", *([] if "--weights" in arguments else ["--weights", tiny]), *arguments)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(("file", "out.png"), "was here before")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"was here before", "out.png": b"was here before", "latin.txt": b"caf\xe9"}
 
 
 @pytest.mark.parametrize("part, damage, reason", [
