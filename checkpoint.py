@@ -162,6 +162,9 @@ class Part:
     @property
     def arguments(self):
         """All of its constructor's arguments: `config`, and the defaults of those that it leaves out."""
+        for name, default in arguments(self.cls, {}).items():
+            if isinstance(default, (int, str)) and not isinstance(value := self.config.get(name, default), type(default)):
+                raise ValueError(f"{self.source}: its config has {name} = {value!r}, no {type(default).__name__}")
         return arguments(self.cls, self.config)
 
     def __contains__(self, key):
@@ -198,8 +201,8 @@ class Part:
         """(our name, tensor) one by one, each of the network's shape."""
         for key, own in self.skeleton().state_dict().items():
             parts = [self.tensors[name] for name in self.layout.names(key)]
-            if not parts[0].is_floating_point():
-                raise ValueError(f"{self.source}: {self.layout.names(key)[0]} is of type {parts[0].dtype}, weights are floating-point numbers")
+            if not parts[0].is_floating_point() or {part.dtype for part in parts} != {parts[0].dtype}:
+                raise ValueError(f"{self.source}: {key} is of type {', '.join(str(part.dtype) for part in parts)}; weights are floating-point numbers of one type")
             if {part.shape for part in parts} != {part.shape for part in self.layout.split(key, own)}:
                 raise ValueError(f"{self.source} is of another size: {key} is {' + '.join(str(tuple(p.shape)) for p in parts)}, the model has {tuple(own.shape)}")
             yield key, self.layout.join(key, parts)

@@ -110,8 +110,9 @@ def one_line_errors(main):
     """Run `main`; bad input (ValueError, OSError, an absent package, too much for the memory) ends in one line on stderr and exit status 2."""
     try:
         main()
-    except (ValueError, OSError, ImportError, ArithmeticError, MemoryError) as error:
-        if os.environ.get("NANOSD3_TRACEBACK"):  # for developers
+    except (ValueError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError) as error:
+        allocated = not isinstance(error, RuntimeError) or "memory" in str(error)         # torch's allocators raise RuntimeErrors
+        if os.environ.get("NANOSD3_TRACEBACK") or not allocated:  # for developers
             raise
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)

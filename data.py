@@ -283,6 +283,8 @@ class Couples(Folder):
         path = Path(path)
         jsonl = path / "metadata.jsonl" if path.is_dir() else path
         found = sorted(self.listed(jsonl) if jsonl.exists() else self.beside(path))
+        self.skipped.update({first: "no text" for first, _, text in found if not text})
+        found = [row for row in found if row[2]]
         if not found:
             text, *files = self.KEYS
             raise ValueError(f"{path} holds no {text} with two pictures (lines of {', '.join(self.KEYS)}, or files name.txt, name.{files[0]}.png, name.{files[1]}.png)")
@@ -446,7 +448,7 @@ class Tar(Pictures):
         self.ends = np.cumsum([header["samples"] for header in headers])
         if not len(self):
             raise ValueError(f"{pattern} holds no image with a caption; the first of {len(self.skipped)} that were skipped: {'; '.join(next(iter(self.skipped.items()), ()))}")
-        part = held_out_end(len(self), split, 0, len(self))
+        part = held_out_end(len(self), split)
         if filter or buckets:
             self.arrange(self.chosen(filter, {name for header in headers for name in header["columns"]}), part)
         else:
@@ -490,10 +492,10 @@ class Tar(Pictures):
         return self.cropped(io.BytesIO(image), index, name, captions)
 
 
-def held_out_end(n, split, start, total):
-    """The range of n items, those from `start` on of `total`, that a split trains on: validation has the last 20th, 4096 at most; of fewer than 20 in all, all are for both."""
-    held_out = min((start + n) // 20 - start // 20, 4096)
-    return range(n) if total < 20 else range(n - held_out) if split == "train" else range(n - held_out, n)
+def held_out_end(n, split):
+    """The range of n items that a split trains on: validation has the last 20th, 4096 at most; of fewer than 20, all are for both."""
+    held_out = min(n // 20, 4096)
+    return range(n) if n < 20 else range(n - held_out) if split == "train" else range(n - held_out, n)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -517,13 +519,13 @@ class Latents(Dataset):
         if not width == height == resolution:
             raise ValueError(f"{folder} holds latents of pictures at --resolution {resolution}, not {width} x {height}")
         self.ends = np.cumsum([n for n, _ in sizes])
-        self.groups, start = [], 0
+        self.groups, start, apart = [], 0, max(len(self) // 4096, 20)
         for _, shards in itertools.groupby((shard for shard in sizes if shard[0]), lambda shard: shard[1]):   # shards of one size lie side by side
-            n = sum(samples for samples, _ in shards)
-            part = held_out_end(n, split, start, len(self))
+            rows = np.arange(start, start + sum(samples for samples, _ in shards), dtype=np.uint32)
+            part = rows if len(self) < 20 else rows[(rows % apart == apart - 1) == (split != "train")]    # from all over: neighbours may be of one class
             if len(part):
-                self.groups.append(range(start + part.start, start + part.stop))
-            start += n
+                self.groups.append(part)
+            start += len(rows)
 
     def __len__(self):
         return int(self.ends[-1])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,6 +27,8 @@ from sample import check_device
 def processes(device, sharding):
     """Joins the processes that torchrun started, if it did; yields this one's device. FSDP makes a group of one process, too."""
     started = "RANK" in os.environ and "LOCAL_RANK" in os.environ
+    if started and device.startswith("cuda:"):
+        raise ValueError(f"--device {device}: under torchrun each process takes a GPU of its own, --device cuda")
     if started and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(device)
@@ -113,9 +115,7 @@ def wrap(module, loss_of, cfg, dtype):
 
 @contextlib.contextmanager
 def synchronized(network, now):
-    """Gradients are averaged over the processes in the backward pass only `now`: at the last micro-batch."""
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(now)
+    """DDP averages gradients over the processes in the backward pass only `now`: at the last micro-batch. FSDP does in each, or would keep them whole."""
     with network.no_sync() if isinstance(network, DistributedDataParallel) and not now else contextlib.nullcontext():
         yield
 

@@ -324,12 +324,12 @@ class MMDiT(nn.Module):
 
 # ---------------------------------------------------------------- from one MM-DiT to another
 
-def grown(state, model):
-    """The weights `state` of an MM-DiT as those of `model`, which may have another position grid, QK-norm in addition (Sec. 5.3.2), or more input channels (App. D: they begin with zero
-    weights, so the function is kept). What else differs is left as it is, for the loader to refuse."""
+def grown(state, model, positions=False):
+    """The weights `state` of an MM-DiT as those of `model`, which may have another position grid (unless `positions` are kept), QK-norm in addition (Sec. 5.3.2), or more input
+    channels (App. D: they begin with zero weights, so the function is kept). What else differs is left as it is, for the loader to refuse."""
     own = model.state_dict()
     added = {name: value for name, value in own.items() if name.endswith(('.ln_q.weight', '.ln_k.weight')) and name not in state}
-    state = {**state, **added, 'pos_embed': own['pos_embed']}
+    state = {**state, **added} if positions else {**state, **added, 'pos_embed': own['pos_embed']}
     weight, wanted = state.get('x_embedder.proj.weight'), own['x_embedder.proj.weight'].shape[1]
     if weight is not None and weight.shape[1] < wanted:
         state['x_embedder.proj.weight'] = F.pad(weight, (0, 0, 0, 0, 0, wanted - weight.shape[1]))

@@ -201,9 +201,15 @@ def first(dataset, n, cfg):
     return next(batches(dataset, min(n, count(dataset)), replace(cfg, workers=0)))
 
 
-def first_captions(dataset, n):
-    """(original, synthetic) of n items at most: to train tokenizers on, and for validation."""
-    return [dataset.captions(int(item)) for item in itertools.islice(itertools.chain(*dataset.groups), n)]
+def some_captions(dataset, n):
+    """(original, synthetic) of n items at most, to train tokenizers on and for validation: from all over, as neighbours may be of one class."""
+    apart = max(count(dataset) // n, 1)
+    return [dataset.captions(int(item)) for item in itertools.islice(itertools.chain(*(group[::apart] for group in dataset.groups)), n)]
+
+
+def spread(items, n):
+    """n of the items, from all over."""
+    return items if n >= len(items) else [items[i * len(items) // n] for i in range(n)]
 
 
 def pieces(items, size):
@@ -216,7 +222,7 @@ def pieces(items, size):
 def precision(cfg):
     """The type to multiply in, bf16 where asked for; auto: where it pays. CPUs with AVX512-BF16 or AMX multiply matrices 4 times as fast in bf16, others far more slowly."""
     kind = cfg.device.split(":")[0]
-    pays = kind == "cuda" or kind == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    pays = kind == "cuda" or kind == "cpu" and any(getattr(torch.cpu, "get_capabilities", dict)().get(name) for name in ("avx512_bf16", "amx_bf16"))
     return torch.bfloat16 if cfg.precision == "bf16" or cfg.precision == "auto" and pays else torch.float32
 
 
@@ -228,7 +234,8 @@ def autocast(cfg):
 def encode_images(bundle, images, cfg):
     """(B, 3, H, W) in [-1, 1] -> normalised latents (B, C, h, w), the posterior's mean; of two pictures a sample, (B, 6, H, W) -> (B, 2C, h, w)."""
     pictures = images.unflatten(1, (-1, 3)).flatten(0, 1)
-    return torch.cat([bundle.vae.to_latents(part.to(cfg.device), sample=False).cpu() for part in pictures.split(64)]).unflatten(0, (len(images), -1)).flatten(1, 2)
+    few = min(max(2 ** 22 // pictures[0, 0].numel(), 1), 64)                  # four of 1024 x 1024: a GPU has room for what the autoencoder makes of them
+    return torch.cat([bundle.vae.to_latents(part.to(cfg.device), sample=False).cpu() for part in pictures.split(few)]).unflatten(0, (len(images), -1)).flatten(1, 2)
 
 
 def latents_of(bundle, samples, images, cfg):
@@ -352,7 +359,7 @@ def precompute(cfg):
     if not cfg.samples and total >= 2 ** 31:
         raise ValueError(f"{cfg.data} never ends: --samples says how many pictures to take")
     plan = [(group, piece) for group, items in enumerate(dataset.groups)
-            for piece in pieces(items[:-(-(cfg.samples or total) * len(items) // total)], cfg.shard)]     # of each group its share
+            for piece in pieces(spread(items, -(-(cfg.samples or total) * len(items) // total)), cfg.shard)]     # of each group its share
     bundle, out = checkpoint.load_bundle(cfg.weights, cfg.device), Path(cfg.out)
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("weights", "out", "batch_size", "workers", "device")}
     claim(out, {**settings, "fingerprint": fingerprint([cfg.weights], bundle.config["clip_length"], bundle.config["t5_length"])})

@@ -33,7 +33,7 @@ def read_metrics(path):
 
 
 SETTLED = {"vae": ("latent_channels",), "clip": ("text_width", "clip_length"), "t5": ("text_width", "t5_length"), "dpo": ("weights", "pairs", "rank", "alpha")}     # what a run keeps, by stage
-ARCHITECTURE = ("depth", "qk_norm", "weight_sets", "base_resolution", "formulation")
+ARCHITECTURE = ("resolution", "depth", "qk_norm", "weight_sets", "base_resolution", "formulation")
 
 
 class Run:

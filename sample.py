@@ -76,7 +76,7 @@ from samplers import SAMPLERS, guided, guided_edit, keeping, parts, randn, start
 from shards import PICTURE_ERRORS
 
 MAX_PROMPT, MAX_SIDE = 2000, 4096
-MAX_ROWS = 2048  # times x samples whose modulations are made ahead of sampling: 0.1 GB for the miniature
+MAX_AHEAD = 2 ** 26  # numbers of modulations that are made ahead of sampling, of all times and samples
 
 
 def check_prompts(prompts):
@@ -132,20 +132,23 @@ def guided_velocity(bundle, prompts, cfg, negative_prompt="", encoders=("clip_l"
     the text's embedding and, of the times `ts` that are known before, all modulations in one product."""
     guides = cfg != 1 or source is not None and image_cfg != 1
     from_text = guides and (negative_prompt or bundle.config.get("unconditional") == "empty prompt")
-    context, pooled = bundle.text.encode([*prompts, negative_prompt] if from_text else prompts, encoders)
+    texts = [*prompts, *[negative_prompt] * bool(from_text)]
+    each = list(dict.fromkeys(texts))                                         # several pictures of one prompt: it is read once
+    context, pooled = (x[[each.index(text) for text in texts]] for x in bundle.text.encode(each, encoders))
     form, like = formulation(bundle.config["formulation"]), next(bundle.mmdit.parameters())
     context, pooled = context.to(like), pooled.to(like)
     null_context, null_pooled = torch.zeros_like(context), torch.zeros_like(pooled)
     if from_text:
         context, pooled, null_context, null_pooled = context[:-1], pooled[:-1], context[-1:].expand_as(context[:-1]), pooled[-1:].expand_as(pooled[:-1])
 
+    a_row = sum(p.numel() for name, p in bundle.mmdit.named_parameters() if name.endswith("adaLN_modulation.1.bias"))
     extra = latent_channels(bundle.mmdit)[1]
     if source is not None and not extra:
         raise ValueError("this MM-DiT draws and does not edit: --edit-image is for one that `python train.py --stage edit` made")
 
     def field(context, pooled, source=None):
         text, n = bundle.mmdit.context_embedder(context), len(pooled)
-        early = torch.as_tensor(ts if len(ts) * n <= MAX_ROWS else (), device=like.device)
+        early = torch.as_tensor(ts if len(ts) * n * a_row <= MAX_AHEAD else (), device=like.device)
         table = bundle.mmdit.modulations(early.repeat_interleave(n), pooled.repeat(len(early), 1))
         known = {t: [m[i * n:(i + 1) * n] for m in table] for i, t in enumerate(early.tolist())}
 
@@ -220,7 +223,8 @@ def coder(bundle, tiled):
         return bundle.vae.encode_tiled(images) if tiled else bundle.vae.to_latents(images, sample=False)
 
     def decode(z):
-        return bundle.vae.decode_tiled(z) if tiled else bundle.vae.decode(z)
+        few = max(2 ** 20 // (64 * z[0, 0].numel()), 1)                       # as many as make a million pixels
+        return torch.cat([bundle.vae.decode_tiled(part) if tiled else bundle.vae.decode(part) for part in z.split(few)])
     return encode, decode
 
 
@@ -372,7 +376,8 @@ def replace_mmdit(bundle, path):
     state = checkpoint.load_checkpoint(path)
     state = state if isinstance(state, dict) else {"ema": state}
     mine = bundle.config["formulation"]
-    trained = state.get("config", {}).get("formulation", mine)
+    config = state.get("config", {})
+    trained = str(config.get("formulation", mine)) if isinstance(config, dict) else mine
     if trained != mine and not (trained.startswith("rf") and mine.startswith("rf")):      # rf's densities are of training alone
         raise ValueError(f"{path} was trained as {trained}, which the bundle, {mine}, does not sample")
     bundle.part("mmdit").replace(state.get("ema", state), path)

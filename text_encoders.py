@@ -355,7 +355,10 @@ class BPETokenizer(Tokenizer):
             return cls(vocab, merges, length, pad)
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        return cls(read_json(folder / "vocab.json"), merges, length, pad)
+        vocab = read_json(folder / "vocab.json")
+        if not isinstance(vocab, dict):
+            raise ValueError(f"{folder}/vocab.json is no vocabulary")
+        return cls(vocab, merges, length, pad)
 
     def save(self, folder):
         (Path(folder) / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
@@ -607,8 +610,10 @@ class TextEncoders(nn.Module):
                 raise ValueError(f"{name!r} is no text encoder, known are {', '.join(shares)}")
             rows, channels, part = shares[name]
             encoder, tokenizer = self.encoder(name)
-            device = next(encoder.parameters()).device
-            context, pooled, states = context.to(device), pooled.to(device), encoder(tokenizer(prompts).to(device))
+            tokens, embedding = tokenizer(prompts), next(encoder.parameters())
+            if tokens.max() >= len(embedding) or name != "t5" and tokenizer.end != encoder.eos:
+                raise ValueError(f"the tokenizer of {name} is another model's: the encoder has {len(embedding)} tokens")
+            context, pooled, states = context.to(embedding.device), pooled.to(embedding.device), encoder(tokens.to(embedding.device))
             if name != "t5":
                 states, pooled[:, part] = states
             if states.shape != (place := context[:, rows, channels]).shape:

@@ -111,6 +111,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,9 +123,10 @@ import distributed
 import evaluate
 from data import Latents, open_data
 from flow import RectifiedFlow, formulation, shift, shift_alpha
+from layouts import arguments
 from mmdit import MMDiT, fit_qk_norms, grown
 from optim import make_optimizers, set_rates, update_average, whole
-from pipeline import autocast, batches, caption_batches, check_fingerprint, conditioned_batches, first, first_captions, held_out_batches, precision, report_skipped
+from pipeline import autocast, batches, caption_batches, check_fingerprint, conditioned_batches, first, held_out_batches, precision, report_skipped, some_captions
 from plan import counted_step, plan
 from runs import Meter, Run, plot
 from sample import check_device, check_size, generate, grid, latent_channels, save_png, to_uint8
@@ -211,7 +213,7 @@ def timed(batches):
 def averaged_copy(module, cfg):
     """Of the module, for the averaged weights, in eval mode. Those not trained are shared; with FSDP it has storage on rank 0 alone."""
     averaged = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad}).eval().requires_grad_(False)
-    return averaged.to("meta") if cfg.sharding == "fsdp" and distributed.rank() else averaged
+    return averaged.to("meta" if cfg.sharding == "fsdp" and distributed.rank() else cfg.device)
 
 
 def fit(cfg, module, data, draw, loss_of, validate, flops=0):
@@ -221,8 +223,9 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
     rows from the step's generator; loss_of(module, *columns of a micro-batch) -> (loss, {name: number or list});
     validate(averaged module, step) -> {name: number}, called on rank 0 every eval_every steps and at the end; flops: of a step, over all processes, where they are known."""
     run = Run(cfg)
-    module.to(cfg.device).train()
-    averaged = averaged_copy(module, cfg)
+    if cfg.sharding == "ddp":         # FSDP moves a block at a time, and keeps its part
+        module.to(cfg.device)
+    averaged = averaged_copy(module.train(), cfg)
     names = {name for name, p in module.named_parameters() if p.requires_grad}
     network = distributed.wrap(module, loss_of, cfg, precision(cfg))
     trained, copies = ([p for name, p in one.named_parameters() if name in names] for one in (module, averaged))
@@ -272,6 +275,7 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
             if step % (cfg.checkpoint_every or cfg.eval_every) == 0 or step == cfg.steps or stopping or (cfg.milestone_every and step % cfg.milestone_every == 0):
                 run.save(step, module, averages, optimizers, bad=bad)
             if stopping:
+                distributed.barrier()                                         # torchrun ends the others once one has ended: first rank 0 writes
                 raise SystemExit(f"\nstopped at step {step}; the same command with --resume goes on" if distributed.rank() == 0 else 1)
     evaluated()
     return averaged
@@ -335,7 +339,7 @@ def train_vae(cfg):
 
 def texts(dataset):
     """What tokenizers are trained on."""
-    return [text for captions in first_captions(dataset, 20000) for text in captions if text]
+    return [text for captions in some_captions(dataset, 20000) for text in captions if text]
 
 
 def train_clip(cfg):
@@ -440,7 +444,7 @@ def train_t5(cfg):
         tokens_a_row = (targets != 0).sum() / len(targets)
         return model.loss(tokens.to(cfg.device), targets.to(cfg.device)) * (weights[0] * tokens_a_row).item(), {}
 
-    scenes = first_captions(held_out, 256)
+    scenes = some_captions(held_out, 256)
     validation = {"val_loss": hidden(scenes, torch.Generator().manual_seed(0))} | ({"val_told": told(scenes)} if paired(scenes) else {})
 
     @torch.no_grad()
@@ -489,13 +493,20 @@ def start_config(cfg):
     return checkpoint.read_object(Path(cfg.init_from) / "mmdit.json") if cfg.stage in FROM_A_MODEL else {}
 
 
+def keeps_positions(cfg):
+    """Whether the start's table of positions, a stored one in released weights, serves as it is: with the same distances, and three sides long."""
+    start = arguments(MMDiT, start_config(cfg))
+    return cfg.stage in FROM_A_MODEL and start["base_size"] == cfg.base_resolution // 16 and start["pos_embed_max_size"] >= 3 * cfg.resolution // 16
+
+
 def architecture(cfg, sizes, channels):
     """MMDiT's arguments. App. D: the picture to edit lies beside the latents, on the channels."""
     base, start = (cfg.base_resolution or cfg.resolution) // 16, start_config(cfg)
+    most = arguments(MMDiT, start)["pos_embed_max_size"] if keeps_positions(cfg) else cfg.resolution // 4
     more = {"dual_attention_blocks": start["dual_attention_blocks"]} if start.get("dual_attention_blocks") else {}
     more |= {"out_channels": channels} if cfg.stage == "edit" else {}
     return dict(depth=cfg.depth, in_channels=2 * channels if cfg.stage == "edit" else channels, context_dim=sizes.t5, pooled_dim=sizes.clip_l + sizes.clip_g,
-                pos_embed_max_size=cfg.resolution // 4, base_size=base, qk_norm=cfg.qk_norm, weight_sets=cfg.weight_sets, clip_length=cfg.clip_length, **more)
+                pos_embed_max_size=most, base_size=base, qk_norm=cfg.qk_norm, weight_sets=cfg.weight_sets, clip_length=cfg.clip_length, **more)
 
 
 def add_qk_norms(cfg, model, latents, context, pooled, form):
@@ -503,11 +514,12 @@ def add_qk_norms(cfg, model, latents, context, pooled, form):
     if not cfg.qk_norm or start_config(cfg).get("qk_norm", True):
         return
     generator = torch.Generator().manual_seed(cfg.seed)
-    latents, context, pooled = (x[:64] for x in (latents, context, pooled))
+    few = min(max(2 ** 16 // latents[0, 0].numel(), 1), 64)                   # four of 1024 x 1024
+    latents, context, pooled = (x[:few] for x in (latents, context, pooled))
     latents, source = latents.split(latent_channels(model), 1)
     t = shift(form.sample_t(len(latents), generator), cfg.shift)
     z = form.interpolate(latents, torch.randn(latents.shape, generator=generator), t)
-    fit_qk_norms(model, torch.cat([form.input(z, t), source], 1), t, context, pooled)
+    fit_qk_norms(model.to(cfg.device), *(x.to(cfg.device) for x in (torch.cat([form.input(z, t), source], 1), t, context, pooled)))
 
 
 def fixed_edits(cfg, bundle, held_out, channels):
@@ -527,7 +539,7 @@ def fixed_prompts(cfg, held_out):
     """16 prompts for the sample grids."""
     if cfg.data.startswith("shapes"):
         return [evaluate.tasks(category, 3)[k].prompt for k in range(3) for category in evaluate.KINDS][:16]
-    captions = [pair[0] for pair in first_captions(held_out, 256)] if isinstance(held_out, Latents) else first(held_out, 256, cfg)[1]
+    captions = [pair[0] for pair in some_captions(held_out, 256)] if isinstance(held_out, Latents) else first(held_out, 256, cfg)[1]
     return list(dict.fromkeys(captions))[:16]
 
 
@@ -595,7 +607,7 @@ def train_mmdit(cfg):
     model_config = architecture(cfg, bundle.text.sizes, channels)
     torch.manual_seed(cfg.seed)
     model = MMDiT(**model_config, attention=cfg.attention)
-    start_from(cfg, "mmdit", model, *[grown] * (cfg.stage in FROM_A_MODEL))
+    start_from(cfg, "mmdit", model, *[partial(grown, positions=keeps_positions(cfg))] * (cfg.stage in FROM_A_MODEL))
     model.checkpointing = cfg.checkpointing
     validation = validation_batches(cfg, held_out, bundle, model_config["in_channels"])
     add_qk_norms(cfg, model, *max(validation, key=lambda batch: len(batch[0])), form)
@@ -694,6 +706,8 @@ def check(cfg, processes):
     check_least(cfg, steps=1, batch_size=1, depth=1, weight_sets=1, latent_channels=1, text_width=32, clip_length=3, t5_length=3, chunk=cfg.batch_size, reuse=1, workers=0,
                 eval_every=1, log_every=1, seed=0, grad_accum=1, ema_every=1, max_bad_steps=0, checkpoint_every=0, keep=1, milestone_every=0, watch_every=0,
                 processes=1, memory=0, peak=0, clip_grad=0, lr=0, muon_lr=0, weight_decay=0)
+    if cfg.seed > 2 ** 42:
+        raise ValueError(f"--seed is {cfg.seed}; at most 2^42 is taken")
     for name in "text_dropout", "image_dropout", "synthetic_share", "decay", "ema_decay":
         if not 0 <= getattr(cfg, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it is a share, in 0..1")

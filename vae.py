@@ -192,7 +192,7 @@ def per_channel(value, like):
 
 def sample_gaussian(mean, logvar, generator=None, noise=None):
     if noise is None:
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device if generator else mean.device, dtype=mean.dtype).to(mean.device)
     return mean + (logvar / 2).exp() * noise
 
 
@@ -202,6 +202,8 @@ def sample_gaussian(mean, logvar, generator=None, noise=None):
 def in_bands(coder, layers, x, rows):
     """The layers, then the coder's last norm and convolution, one after another on all of x, which is a list of bands. Whole in memory are at most a residual block's
     input and what is between its convolutions, and never what an upsampling makes, four times its input: each reader makes its band anew. Without gradients."""
+    if rows < 2 or rows % 2:
+        raise ValueError(f"bands of {rows} rows: they must be even, or halving would take other rows of each")
     bands, made = list(x.split(rows, dim=2)), nn.Identity()
     for layer in flat(layers):
         if isinstance(layer, Upsample):

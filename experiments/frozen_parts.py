@@ -44,7 +44,7 @@ def main(cfg):
     bundle, side = checkpoint.load_bundle(cfg.weights), checkpoint.load_bundle(cfg.weights).config["resolution"]
     world = [Shapes("all", side, side)[i] for i in range(cfg.images)]
     images, captions = to_tensor(world), [sample.synthetic for sample in world]
-    parts = {"vae": bundle.vae, **{name: getattr(bundle.text, name) for name in ("clip_l", "clip_g", "t5")}}
+    parts = {"vae": bundle.vae, **{name: bundle.text.encoder(name)[0] for name in ("clip_l", "clip_g", "t5")}}
     stored = stored_kilobytes(bundle.text.sizes, bundle.vae.config["latent_channels"], side)
     rows = {}
     for name, module in parts.items():

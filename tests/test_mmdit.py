@@ -330,6 +330,8 @@ def test_grown_takes_the_new_models_positions_and_refuses_the_rest():
     large.load_state_dict(mmdit.grown(small.state_dict(), large))
     assert large.pos_embed.equal(grid) and large.final_layer.linear.weight.equal(small.final_layer.linear.weight)
     assert large(*random_inputs(16, 8)).shape == (4, 4, 16, 8)
+    stored = {**small.state_dict(), "pos_embed": torch.randn(1, 256, 128)}
+    assert mmdit.grown(stored, small, positions=True)["pos_embed"] is stored["pos_embed"]
     with pytest.raises(RuntimeError):
         large.load_state_dict(mmdit.grown(MMDiT(1, in_channels=4, context_dim=32, pooled_dim=20).state_dict(), large))
 

@@ -250,7 +250,7 @@ def test_precomputed_is_what_training_would_have_encoded(tiny, shards_of_caption
     printed = capsys.readouterr()
     assert "27 pictures in 4 shards" in printed.out and "skipped, 2 in all:" in printed.err and "00011" in printed.err and "0.tar/00017.png (image file is truncated)" in printed.err
     source, stored = open_data(shards_of_captions, 32, 32), open_data(f"latents:{out}", 32, 32)
-    assert len(stored) == 27 and stored.groups == [range(26)] and open_data(f"latents:{out}", 32, 32, "val").groups == [range(26, 27)]
+    assert len(stored) == 27 and [*map(list, stored.groups)] == [[*range(19), *range(20, 27)]] and [*map(list, open_data(f"latents:{out}", 32, 32, "val").groups)] == [[19]]
     kept = [i for i in source.groups[0] if source.captions(i)[0] != "picture 17"]
     assert [stored.captions(i) for i in range(27)] == [source.captions(i) for i in kept]
     for i in (0, 8, 26):
@@ -322,7 +322,7 @@ def test_buckets_and_shapes_are_precomputed(tiny, tmp_path):
         (tmp_path / f"{i:02}.txt").write_text(f"noise {i}")
     run_precompute(tiny, f"folder:{tmp_path}", tmp_path / "latents", resolution=64, buckets=True, shard=3)
     stored = Latents(tmp_path / "latents", 64, 64)
-    assert [stored[0].image.shape, stored[11].image.shape] == [(4, 16, 4), (4, 8, 8)] and stored.groups == [range(0, 4), range(4, 12)]
+    assert [stored[0].image.shape, stored[11].image.shape] == [(4, 16, 4), (4, 8, 8)] and [*map(list, stored.groups)] == [[*range(4)], [*range(4, 12)]]
     assert {latents.shape for latents, *_ in take(6, conditioned_batches(stored, None, cfg(batch_size=2)))} == {(2, 4, 16, 4), (2, 4, 8, 8)}
     run_precompute(tiny, "shapes:all", tmp_path / "drawn", samples=10)
     assert len(Latents(tmp_path / "drawn", 32, 32)) == 10

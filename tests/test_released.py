@@ -324,7 +324,7 @@ QKV = "model.diffusion_model.joint_blocks.1.x_block.attn.qkv.weight"
     (lambda t: t.pop(QKV), "x.safetensors is of another architecture: 1 weights missing ['joint_blocks.1.x_block.attn.qkv.weight'], 0 unknown"),
     (lambda t: t.update({"model.diffusion_model.extra": torch.ones(1)}), "0 weights missing [], 1 unknown ['extra']"),
     (lambda t: t.update({QKV: t[QKV][:-1].clone()}), "is of another size: joint_blocks.1.x_block.attn.qkv.weight is (383, 128), the model has (384, 128)"),
-    (lambda t: t.update({QKV: t[QKV].to(torch.int8)}), "joint_blocks.1.x_block.attn.qkv.weight is of type torch.int8, weights are floating-point numbers"),
+    (lambda t: t.update({QKV: t[QKV].to(torch.int8)}), "joint_blocks.1.x_block.attn.qkv.weight is of type torch.int8; weights are floating-point numbers of one type"),
     (lambda t: t.pop("first_stage_model.encoder.conv_in.weight"), "is of another architecture: encoder.conv_in.weight is missing"),
     (lambda t: t.update({"model.diffusion_model.x_embedder.proj.weight": torch.ones(64, 16, 2, 2)}), "the MM-DiT is 64 wide and 2 blocks deep"),
     (lambda t: t.update({"model.diffusion_model.pos_embed": torch.ones(16)}), "pos_embed is (16,), it should have 3 sides"),
@@ -469,7 +469,7 @@ def test_export_from_the_command_line(cli, refused, single, folder, tmp_path):
     assert cli("checkpoint.py", "export", "--format", "stability", tmp_path / "out", tmp_path / "out.safetensors")[::2] == (0, [])
     assert same_bytes(read_safetensors(single)[0], read_safetensors(tmp_path / "out.safetensors")[0])
     assert "out is already there" in refused("checkpoint.py", "export", "--format", "bundle", single, tmp_path / "out")
-    assert "invalid choice: 'onnx'" in refused("checkpoint.py", "export", "--format", "onnx", single, tmp_path / "x")
+    assert "unknown value 'onnx'; known: stability" in refused("checkpoint.py", "export", "--format", "onnx", single, tmp_path / "x")
 
 
 def test_training_goes_on_from_released_weights(cli, folder, tmp_path):

@@ -48,7 +48,7 @@ def test_what_is_done_ahead_changes_nothing(bundle, cfg, monkeypatch):
     """Modulations of all times in one product, of none, or of too many to keep: the same velocity, that of the whole network under guidance."""
     z, ts = torch.randn(2, 4, 4, 4), timesteps(5)
     fields = [guided_velocity(bundle, [A, B], cfg), guided_velocity(bundle, [A, B], cfg, ts=ts)]
-    monkeypatch.setattr(sample, "MAX_ROWS", 1)
+    monkeypatch.setattr(sample, "MAX_AHEAD", 1)
     fields.append(guided_velocity(bundle, [A, B], cfg, ts=ts))
     context, pooled = bundle.text.encode([A, B])
     for t in (ts[2].expand(2), torch.full((2,), 0.123)):

@@ -619,6 +619,9 @@ def test_the_architecture_that_is_gone_on_from(tmp_path):
     assert edits == {**fine, "in_channels": 32, "out_channels": 16}
     start, model = train.MMDiT(**fine), train.MMDiT(**edits)
     model.load_state_dict(train.grown(start.state_dict(), model))
+    checkpoint.write_json(tmp_path / "mmdit.json", {"depth": 2, "base_size": 8, "pos_embed_max_size": 25})
+    kept, apart = (train.architecture(replace(cfg, stage="finetune", base_resolution=base), sizes, 16) for base in (128, 64))     # a stored table serves as it is
+    assert (kept["base_size"], kept["pos_embed_max_size"], apart["base_size"], apart["pos_embed_max_size"]) == (8, 25, 4, 32)
 
 
 @pytest.mark.parametrize("arguments, reason", [
