@@ -138,6 +138,13 @@ def test_two_processes_then_one_then_two(alone, tiny, tmp_path, sharding):
 
 # ---- stopped by a signal, refused by the disk
 
+def test_a_gpu_of_its_own_for_each_process(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(ValueError, match="--device cuda:0: under torchrun each process takes a GPU of its own"), distributed.processes("cuda:0", "ddp"):
+        pass
+
+
 @pytest.mark.parametrize("backend, error, stays", [("nccl", ValueError, True), ("nccl", SystemExit, False), ("gloo", ValueError, False)])
 def test_a_process_that_fails_alone_does_not_wait_for_nccl(monkeypatch, backend, error, stays):
     """It would wait for the others, which wait for it."""

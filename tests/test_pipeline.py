@@ -437,6 +437,18 @@ def test_stored_sizes_are_those_of_table_7():
         assert size == pytest.approx(frozen_parts.PAPER[part][2], abs=0.1)
 
 
+def test_frozen_parts_are_measured(cli, tiny, tmp_path):
+    status, lines, errors = cli("experiments/frozen_parts.py", "--weights", tiny, "--out", tmp_path, "--images", 2, "--repeats", 1)
+    assert status == 0 and [line.split()[0] for line in lines] == ["vae", "clip_l", "clip_g", "t5"], errors
+    assert {*checkpoint.read_json(tmp_path / "frozen_parts.json")["here"]} == {"vae", "clip_l", "clip_g", "t5"}
+
+
+def test_some_captions_are_from_all_over():
+    world = SimpleNamespace(groups=[range(100), range(200, 210)], captions=lambda i: (str(i), ""))
+    assert [int(original) for original, _ in pipeline.some_captions(world, 11)] == [*range(0, 100, 10), 200]
+    assert pipeline.spread(range(10), 4) == [0, 2, 5, 7] and pipeline.spread(range(3), 5) == range(3)
+
+
 # ---- de-duplication
 
 def algorithm_1(vectors, threshold):

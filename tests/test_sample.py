@@ -15,6 +15,7 @@ import evaluate
 import sample
 import shapes
 from checkpoint import load_bundle
+from config import one_line_errors
 from sample import SampleConfig, check_prompts, generate, grid, guided_velocity, to_uint8
 from samplers import SAMPLERS, randn, timesteps
 
@@ -258,6 +259,15 @@ def test_png_carries_prompt_seed_and_settings(cli, tiny, tmp_path, bundle):
     said = {"shift": "1.0", "sampler": "euler", "t_last": "0.0", "width": "32", "height": "32"}                                             # by the bundle
     assert {name: image.text[name] for name in said} == said
     assert (np.asarray(image)[::2, ::2][:, :32] == generate(bundle, [A, B], cfg=3.0, seed=7)[0].numpy()).all()
+
+
+@pytest.mark.parametrize("error, status", [(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2), (MemoryError(), 2), (RuntimeError("a defect"), None)])
+def test_too_little_memory_is_one_line_and_defects_are_none(capsys, error, status):
+    def main():
+        raise error
+    with pytest.raises(SystemExit if status else RuntimeError) as ended:
+        one_line_errors(main)
+    assert getattr(ended.value, "code", None) == status and len(capsys.readouterr().err.splitlines()) == (1 if status else 0)
 
 
 def test_a_bar_on_a_terminal_alone(cli, tiny, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """CLIP, T5, their tokenizers and the ensemble: parity with transformers and tokenizers on random weights and random text; Fig. 2a's layout; drop-out rates."""
 
 import base64
+import copy
 import io
 import json
 import random
@@ -371,6 +372,10 @@ def test_unknown_and_missing_encoders_are_named(ensemble):
         TextEncoders(sizes=TextSizes(30, 24, 48))
     with pytest.raises(ValueError, match=r"t5 gives states of \(1, 12, 48\), the sizes say \(1, 13, 48\)"):
         TextEncoders(t5=ensemble.t5, tokenizers=ensemble.tokenizers, sizes=TextSizes(16, 24, 48, 10, 13)).encode(["a"], ("t5",))
+    foreign = copy.copy(ensemble.tokenizers["clip_l"])
+    foreign.end += 1
+    with pytest.raises(ValueError, match="the tokenizer of clip_l is another model's"):
+        TextEncoders(ensemble.clip_l, tokenizers={"clip_l": foreign}, sizes=ensemble.sizes).encode(["a"], ("clip_l",))
 
 
 def test_odd_prompts_are_encoded(ensemble):

@@ -174,7 +174,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(run, tiny, tmp_path, monkeypat
 @pytest.mark.parametrize("arguments, reason", [
     (["--data", "shape"], "unknown data 'shape'; known: shapes[:LEVEL], folder:DIR, imagenet:DIR"),
     (["--data", "shapes:hard"], "unknown level of shapes 'hard'"),
-    (["--data", "folder:absent"], "absent is no folder"),
+    (["--data", "folder:absent"], "absent is no folder"), (["--seed", str(2 ** 43)], "--seed is 8796093022208; at most 2^42"),
     (["--data", "folder:empty"], "empty holds no image with a caption"),
     (["--data", "fashion-mnist:empty"], "is not there"),
     (["--weights", "absent"], "absent is no bundle folder"),

@@ -188,6 +188,8 @@ def test_tiled_is_whole(options, size):
             assert tiled.shape == whole.shape and (tiled - whole).norm() / whole.norm() < 1e-5
     with pytest.raises(ValueError, match="multiples of 8"):
         vae.encode_tiled(images(1, 3, 20, 16))
+    with pytest.raises(ValueError, match="bands of 5 rows"):
+        vae.encode_tiled(images(1, 3, 16, 16), rows=5)
 
 
 @pytest.mark.slow
