@@ -277,6 +277,9 @@ def test_edits_in_a_folder_or_in_lines(triples):
     with pytest.raises(ValueError, match="--filter is for folder, tar alone, not for edits"):
         open_data(f"edits:{triples}", 32, 32, filter="aesthetic>5")
     assert [listed.captions(i) for i in range(3)] == [folder.captions(i) for i in range(3)] and all((listed[i].image == folder[i].image).all() for i in range(3))
+    (triples / "list.jsonl").write_text("\n".join([*lines[:2], lines[2].replace("make it 2", " ")]))
+    listed = open_data(f"edits:{triples}/list.jsonl", 32, 32)
+    assert len(listed) == 2 and listed.skipped == {str(triples / "2.edited.png"): "no text"}
     bucketed = open_data(f"edits:{triples}", 64, 64, buckets=True, upscale=True)
     assert bucketed[0].image.shape == (48, 80, 6) and bucketed[1].image.shape == (64, 64, 6) and sorted(map(len, bucketed.groups)) == [1, 2]
 
