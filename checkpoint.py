@@ -163,8 +163,8 @@ class Part:
     def arguments(self):
         """All of its constructor's arguments: `config`, and the defaults of those that it leaves out."""
         for name, default in arguments(self.cls, {}).items():
-            if isinstance(default, (int, str)) and not isinstance(value := self.config.get(name, default), type(default)):
-                raise ValueError(f"{self.source}: its config has {name} = {value!r}, no {type(default).__name__}")
+            if isinstance(default, (int, str)) and name in self.config:
+                check_type(self.config[name], type(default), f"{self.source}: {name}")
         return arguments(self.cls, self.config)
 
     def __contains__(self, key):
@@ -367,14 +367,17 @@ def read_bundle(folder):
     return parts, checked_config(read_json(folder / "config.json"), f"{folder}/config.json")
 
 
+def check_type(value, kind, what):
+    if not isinstance(value, (kind, int) if kind is float else kind):
+        raise ValueError(f"{what} is {value!r}, not of type {kind.__name__}")
+
+
 def checked_config(config, source):
     """Sampling defaults, if each is there and of the presets' type."""
     if lacking := [key for key in KEYS if not isinstance(config, dict) or key not in config]:
         raise ValueError(f"{source} is no bundle's: it lacks {', '.join(lacking)}")
     for key in KEYS:
-        kind = type((RELEASED | PRESETS["sd3-medium"])[key])
-        if not isinstance(config[key], (kind, int) if kind is float else kind):
-            raise ValueError(f"{source}: {key} is {config[key]!r}, not of type {kind.__name__}")
+        check_type(config[key], type((RELEASED | PRESETS["sd3-medium"])[key]), f"{source}: {key}")
         if key.endswith("_length") and not 3 <= config[key] <= 512:
             raise ValueError(f"{source}: {key} is {config[key]} tokens; it must be in 3..512")
     for key in ("t_last", "image_cfg", "noise"):

@@ -111,8 +111,8 @@ def one_line_errors(main):
     try:
         main()
     except (ValueError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError) as error:
-        allocated = not isinstance(error, RuntimeError) or "memory" in str(error)         # torch's allocators raise RuntimeErrors
-        if os.environ.get("NANOSD3_TRACEBACK") or not allocated:  # for developers
+        defect = isinstance(error, RuntimeError) and "memory" not in str(error)         # torch's allocators raise RuntimeErrors
+        if defect or os.environ.get("NANOSD3_TRACEBACK"):  # for developers
             raise
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)

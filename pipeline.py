@@ -203,13 +203,15 @@ def first(dataset, n, cfg):
 
 def some_captions(dataset, n):
     """(original, synthetic) of n items at most, to train tokenizers on and for validation: from all over, as neighbours may be of one class."""
-    apart = max(count(dataset) // n, 1)
-    return [dataset.captions(int(item)) for item in itertools.islice(itertools.chain(*(group[::apart] for group in dataset.groups)), n)]
+    return [dataset.captions(int(item)) for item in itertools.islice(itertools.chain(*spread(dataset, n)), n)]
 
 
-def spread(items, n):
-    """n of the items, from all over."""
-    return items if n >= len(items) else [items[i * len(items) // n] for i in range(n)]
+def spread(dataset, n):
+    """Of each group its share of n items, rounded up, from all over it."""
+    total = count(dataset)
+    for items in dataset.groups:
+        share = min(-(-n * len(items) // total), len(items))
+        yield items if share == len(items) else [items[i * len(items) // share] for i in range(share)]
 
 
 def pieces(items, size):
@@ -358,8 +360,7 @@ def precompute(cfg):
     total = count(dataset)
     if not cfg.samples and total >= 2 ** 31:
         raise ValueError(f"{cfg.data} never ends: --samples says how many pictures to take")
-    plan = [(group, piece) for group, items in enumerate(dataset.groups)
-            for piece in pieces(spread(items, -(-(cfg.samples or total) * len(items) // total)), cfg.shard)]     # of each group its share
+    plan = [(group, piece) for group, items in enumerate(spread(dataset, cfg.samples or total)) for piece in pieces(items, cfg.shard)]
     bundle, out = checkpoint.load_bundle(cfg.weights, cfg.device), Path(cfg.out)
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("weights", "out", "batch_size", "workers", "device")}
     claim(out, {**settings, "fingerprint": fingerprint([cfg.weights], bundle.config["clip_length"], bundle.config["t5_length"])})

@@ -32,7 +32,7 @@ def read_metrics(path):
     return rows
 
 
-SETTLED = {"vae": ("latent_channels",), "clip": ("text_width", "clip_length"), "t5": ("text_width", "t5_length"), "dpo": ("weights", "pairs", "rank", "alpha")}     # what a run keeps, by stage
+KEPT = {"vae": ("latent_channels",), "clip": ("text_width", "clip_length"), "t5": ("text_width", "t5_length"), "dpo": ("weights", "pairs", "rank", "alpha")}     # what a run keeps, by stage
 ARCHITECTURE = ("resolution", "depth", "qk_norm", "weight_sets", "base_resolution", "formulation")
 
 
@@ -60,7 +60,7 @@ class Run:
             raise ValueError(f"{self.folder} holds a run of stage {self.cfg.stage}: --resume goes on with it, another --out starts afresh")
         before = self.folder / f"{self.cfg.stage}-config.json"
         begun = checkpoint.read_object(before) if before.exists() else {}
-        for name in SETTLED.get(self.cfg.stage, ARCHITECTURE) if self.cfg.resume else ():
+        for name in KEPT.get(self.cfg.stage, ARCHITECTURE) if self.cfg.resume else ():
             if begun.get(name, getattr(self.cfg, name)) != getattr(self.cfg, name):
                 raise ValueError(f"{self.folder} was begun with --{name.replace('_', '-')} {begun[name]}, not {getattr(self.cfg, name)}")
         part = self.folder / {"vae": "vae.pt", "clip": "clip_l.pt", "t5": "t5.pt"}.get(self.cfg.stage, "mmdit.pt")

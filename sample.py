@@ -73,7 +73,7 @@ import checkpoint
 from data import upright
 from flow import formulation
 from samplers import SAMPLERS, guided, guided_edit, keeping, parts, randn, start_from, timesteps, timesteps_log_snr
-from shards import PICTURE_ERRORS
+from shards import PICTURE_ERRORS, reason
 
 MAX_PROMPT, MAX_SIDE = 2000, 4096
 MAX_AHEAD = 2 ** 26  # numbers of modulations that are made ahead of sampling, of all times and samples
@@ -319,7 +319,7 @@ def open_picture(path):
     except PICTURE_ERRORS as error:
         if getattr(error, "errno", None):             # of the file system, which names the file
             raise
-        raise ValueError(f"{path} is no picture that can be read: {error}") from None
+        raise ValueError(f"{path} is no picture that can be read: {reason(error)}") from None
 
 
 def read_init(cfg):

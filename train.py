@@ -490,19 +490,15 @@ def inherited(cfg):
 
 def start_config(cfg):
     """The arguments of the MM-DiT that finetune and edit go on from; of other stages, none."""
-    return checkpoint.read_object(Path(cfg.init_from) / "mmdit.json") if cfg.stage in FROM_A_MODEL else {}
-
-
-def keeps_positions(cfg):
-    """Whether the start's table of positions, a stored one in released weights, serves as it is: with the same distances, and three sides long."""
-    start = arguments(MMDiT, start_config(cfg))
-    return cfg.stage in FROM_A_MODEL and start["base_size"] == cfg.base_resolution // 16 and start["pos_embed_max_size"] >= 3 * cfg.resolution // 16
+    return arguments(MMDiT, checkpoint.read_object(Path(cfg.init_from) / "mmdit.json")) if cfg.stage in FROM_A_MODEL else {}
 
 
 def architecture(cfg, sizes, channels):
     """MMDiT's arguments. App. D: the picture to edit lies beside the latents, on the channels."""
     base, start = (cfg.base_resolution or cfg.resolution) // 16, start_config(cfg)
-    most = arguments(MMDiT, start)["pos_embed_max_size"] if keeps_positions(cfg) else cfg.resolution // 4
+    most = start.get("pos_embed_max_size", 0)
+    if base != start.get("base_size") or most < 3 * cfg.resolution // 16:      # else the start's table, a stored one in released weights, serves as it is
+        most = cfg.resolution // 4
     more = {"dual_attention_blocks": start["dual_attention_blocks"]} if start.get("dual_attention_blocks") else {}
     more |= {"out_channels": channels} if cfg.stage == "edit" else {}
     return dict(depth=cfg.depth, in_channels=2 * channels if cfg.stage == "edit" else channels, context_dim=sizes.t5, pooled_dim=sizes.clip_l + sizes.clip_g,
@@ -607,7 +603,9 @@ def train_mmdit(cfg):
     model_config = architecture(cfg, bundle.text.sizes, channels)
     torch.manual_seed(cfg.seed)
     model = MMDiT(**model_config, attention=cfg.attention)
-    start_from(cfg, "mmdit", model, *[partial(grown, positions=keeps_positions(cfg))] * (cfg.stage in FROM_A_MODEL))
+    start = start_config(cfg)
+    kept = all(start.get(name) == model_config[name] for name in ("base_size", "pos_embed_max_size"))
+    start_from(cfg, "mmdit", model, *[partial(grown, positions=kept)] * bool(start))
     model.checkpointing = cfg.checkpointing
     validation = validation_batches(cfg, held_out, bundle, model_config["in_channels"])
     add_qk_norms(cfg, model, *max(validation, key=lambda batch: len(batch[0])), form)

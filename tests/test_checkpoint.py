@@ -218,6 +218,13 @@ def test_folders_that_are_no_bundles(tmp_path, content, reason):
         load_bundle(tmp_path / "absent")
 
 
+def test_a_part_whose_config_is_of_another_type(tiny, tmp_path):
+    checkpoint.copy_parts(tiny, tmp_path / "b")
+    checkpoint.write_json(tmp_path / "b" / "clip_l.json", checkpoint.read_json(tiny / "clip_l.json") | {"width": "8"})
+    with pytest.raises(ValueError, match="width is '8', not of type int"):
+        load_bundle(tmp_path / "b").text.encode(["a"])
+
+
 def test_average_lies_between_two_at_the_positions_of_the_first(tiny, tmp_path, cli):
     other = tmp_path / "other"
     checkpoint.copy_parts(tiny, other)

@@ -446,7 +446,8 @@ def test_frozen_parts_are_measured(cli, tiny, tmp_path):
 def test_some_captions_are_from_all_over():
     world = SimpleNamespace(groups=[range(100), range(200, 210)], captions=lambda i: (str(i), ""))
     assert [int(original) for original, _ in pipeline.some_captions(world, 11)] == [*range(0, 100, 10), 200]
-    assert pipeline.spread(range(10), 4) == [0, 2, 5, 7] and pipeline.spread(range(3), 5) == range(3)
+    for items, n, found in ((range(10), 4, [0, 2, 5, 7]), (range(3), 5, range(3))):
+        assert [*pipeline.spread(SimpleNamespace(groups=[items]), n)] == [found]
 
 
 # ---- de-duplication
