@@ -36,6 +36,7 @@ import train
 from config import check_least, flag, going_on, one_line_errors, parse_config, subcommand, unknown
 from data import Latents, open_data
 from flow import formulation, shift
+from mmdit import Linear
 from pipeline import check_fingerprint, claim, conditioned_batches, held_out_batches
 from runs import Run, read_lines
 from sample import check_device, check_prompts, check_size, from_uint8, generate, grid, latent_channels, prompts_of, save_png, settled
@@ -45,7 +46,7 @@ from train import TrainConfig
 # LoRA
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """W x + b + (alpha / rank) B A x with W and b frozen. Its weight keeps its name, so the model's own state dict is still inside the adapted one's."""
 
     on = True           # False: the layer as it was (`without_lora`)
@@ -70,7 +71,7 @@ def add_lora(module, rank, alpha=None):
         raise ValueError(f"the rank is {rank}, it must be at least 1")
     module.requires_grad_(False)
     for name, linear in [*module.named_modules()]:
-        if type(linear) is nn.Linear:
+        if type(linear) is Linear:
             module.set_submodule(name, LoRALinear(linear, rank, alpha or rank))
     return module
 
@@ -93,7 +94,7 @@ def merge_lora(module):
     for name, lora in [*module.named_modules()]:
         if isinstance(lora, LoRALinear):
             with torch.device("meta"):
-                linear = nn.Linear(lora.in_features, lora.out_features)
+                linear = Linear(lora.in_features, lora.out_features)
             linear.weight, linear.bias = nn.Parameter((lora.weight + lora.scale * lora.lora_B @ lora.lora_A).detach(), requires_grad=False), lora.bias
             module.set_submodule(name, linear)
     return module

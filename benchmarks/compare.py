@@ -34,6 +34,7 @@ import ctypes
 import gc
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import time
@@ -47,7 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import layouts
-from mmdit import MMDiT, fused_attention, plain_attention
+from mmdit import ONEDNN, Linear, MMDiT, fused_attention, plain_attention
 from sample import guided_velocity
 from samplers import sample_euler, timesteps
 from text_encoders import CLIPTextEncoder, T5Encoder
@@ -148,7 +149,7 @@ def sample_row(depth, side, batch, compiled=False):
     @torch.inference_mode()
     def mine():
         ts = timesteps(28, 3.0, schedule="released")
-        return sample_euler(guided_velocity(bundle, [""] * batch, 5.0, ts=ts), latents, ts)
+        return sample_euler(guided_velocity(bundle, [*map(str, range(batch))], 5.0, ts=ts), latents, ts)
 
     def theirs():
         zeros = {"negative_prompt_embeds": torch.zeros_like(context), "negative_pooled_prompt_embeds": torch.zeros_like(pooled)}
@@ -272,6 +273,7 @@ ROWS = {**{f"forward depth {d}, {(s // 2) ** 2} tokens x {b}": partial(forward_r
         "optimizer and EMA depth 8": partial(optimizer_row, 8),
         **{f"attention {n} tokens{', backward' * backward}": partial(attention_row, n, backward) for n in (256, 1024, 2048, 4096, 8192) for backward in (False, True)},
         "block of lucidrains' mmdit": lucidrains_row}
+FLOPS = {torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]} if ONEDNN else {}  # which torch does not count by itself
 NEAR = ("tiled", "block")  # rows whose candidates are not the same function
 
 
@@ -279,12 +281,14 @@ NEAR = ("tiled", "block")  # rows whose candidates are not the same function
 # Measuring
 
 def peak_gflops(n=2048, seconds=2.0):
-    """The machine's fp32 matrix product, n x n, the best of `seconds`."""
-    a, b, best, begun = torch.randn(n, n), torch.randn(n, n), 0.0, time.perf_counter()
-    while time.perf_counter() - begun < seconds:
-        start = time.perf_counter()
-        a @ b
-        best = max(best, 2 * n ** 3 / (time.perf_counter() - start) / 1e9)
+    """{library: the machine's fp32 matrix product, n x n, the best of `seconds`}: of torch's `@` and of what `mmdit.Linear` calls."""
+    x, layer, best = torch.randn(n, n), Linear(n, n), {}
+    for library, product in (("torch", lambda: x @ x), ("ours", lambda: layer(x))):
+        begun = time.perf_counter()
+        while time.perf_counter() - begun < seconds:
+            start = time.perf_counter()
+            no_grad(product)
+            best[library] = max(best.get(library, 0.0), 2 * n ** 3 / (time.perf_counter() - start) / 1e9)
     return best
 
 
@@ -335,7 +339,7 @@ def compare(name, cfg, peak):
     """A row of the table."""
     candidates = ROWS[name](compiled=cfg.compile)
     first, *others = candidates
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         result = candidates[first]().clone() if not name.startswith(NEAR[1]) else candidates[first]()
     flops = counter.get_total_flops()
     if not any(word in name for word in NEAR) and "optimizer" not in name:
@@ -389,8 +393,9 @@ def main():
     chosen = [name for name in ROWS if not words or any(word.strip() in name for word in words)]
     if not chosen:
         raise ValueError(f"no row is named like {cfg.rows}; there are: {'; '.join(ROWS)}")
-    peak = peak_gflops()
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}: matrix product {peak:.0f} GFLOP/s", flush=True)
+    peaks = peak_gflops()
+    peak = max(peaks.values())
+    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}: matrix product {peaks['torch']:.0f} GFLOP/s, ours {peaks['ours']:.0f}", flush=True)
     path, rows = Path(cfg.out) / "compare.json", {}
     if path.exists():
         rows = {row["row"]: row for row in checkpoint.read_object(path)["rows"]}
@@ -401,7 +406,7 @@ def main():
             print(f"{name}: skipped, {error}; requirements-dev.txt names what to install")
             continue
         print(printed(rows[name]), flush=True)
-        result = {"peak_gflops": peak, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": [rows[name] for name in ROWS if name in rows]}
+        result = {"peak_gflops": peaks, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": [rows[name] for name in ROWS if name in rows]}
         checkpoint.write_json(path, result)
     checkpoint.write(Path(cfg.out) / "compare.png", lambda temporary: draw([rows[name] for name in ROWS if name in rows], temporary))
 

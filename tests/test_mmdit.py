@@ -197,6 +197,36 @@ def test_checkpointing_gives_the_same_gradients():
     assert recomputed[1] < 0.5 * plain[1]
 
 
+@pytest.mark.parametrize("shape", [(2, 64), (3, 17, 64), (1, 1, 64), (2, 0, 64)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_products_of_sampling_are_those_of_training(shape, dtype, tolerance):
+    """Where no gradient is wanted another library may multiply, and apply the GELU itself."""
+    linear = mmdit.Linear(64, 50).to(dtype)
+    x = torch.randn(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]       # strided, as slices of tokens are
+    wide = torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
+    for f, expected in ((linear, wide), (lambda x: mmdit.gelu(linear, x), torch.nn.functional.gelu(wide, approximate="tanh"))):
+        trained = f(x)
+        with torch.no_grad():
+            sampled = f(x)
+        assert trained.requires_grad and not sampled.requires_grad and sampled.dtype == dtype and sampled.shape == expected.shape
+        assert (sampled - expected).norm() <= tolerance * expected.norm() and (trained - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.skipif(not mmdit.ONEDNN, reason="this CPU has no AVX512")
+def test_onednn_multiplies_where_no_gradient_is_wanted(monkeypatch):
+    calls = []
+    monkeypatch.setattr(mmdit.F, "gelu", lambda *args, **options: calls.append(args) or args[0])
+    mlp = mmdit.MLP(64)
+    mlp(torch.randn(2, 64))
+    assert len(calls) == 1
+    with torch.no_grad():
+        mlp(torch.randn(2, 64))
+    assert len(calls) == 1
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert mlp(torch.randn(2, 64)).dtype == torch.bfloat16
+    assert len(calls) == 2
+
+
 def test_bfloat16():
     """The released weights come in half precision; so does `--precision bf16`. The clock stays in float32 either way."""
     args = inputs()
