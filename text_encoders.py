@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmdit import Linear, gelu
+
 
 def split_heads(x, heads):
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)                       # (B, L, D) -> (B, H, L, D/H)
@@ -48,7 +50,7 @@ class CLIPAttention(nn.Module):
         if width % heads:
             raise ValueError(f"{width} channels do not divide into {heads} heads")
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width) for _ in range(4))
 
     def forward(self, x, causal):
         q, k, v = (split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))      # (B, H, L, D/H)
@@ -63,7 +65,7 @@ class CLIPLayer(nn.Module):
         super().__init__()
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.self_attn = CLIPAttention(width, heads)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp), "fc2": nn.Linear(mlp, width)})
+        self.mlp = nn.ModuleDict({"fc1": Linear(width, mlp), "fc2": Linear(mlp, width)})
         self.activation, self.causal = ACTIVATIONS[activation], causal
 
     def forward(self, x):                                                     # (B, L, D)
@@ -83,7 +85,7 @@ class CLIPTextEncoder(nn.Module):
             "embeddings": nn.ModuleDict({"token_embedding": nn.Embedding(vocab_size, width), "position_embedding": nn.Embedding(length, width)}),
             "encoder": nn.ModuleDict({"layers": nn.ModuleList(CLIPLayer(width, heads, mlp, activation) for _ in range(layers))}),
             "final_layer_norm": nn.LayerNorm(width)})
-        self.text_projection = nn.Linear(width, projection, bias=False)
+        self.text_projection = Linear(width, projection, bias=False)
         self.init_weights(width, layers)
 
     def init_weights(self, width, layers):
@@ -133,8 +135,8 @@ class T5Attention(nn.Module):
     def __init__(self, width, heads, head_dim):
         super().__init__()
         self.heads, inner = heads, heads * head_dim
-        self.q, self.k, self.v = (nn.Linear(width, inner, bias=False) for _ in range(3))
-        self.o = nn.Linear(inner, width, bias=False)
+        self.q, self.k, self.v = (Linear(width, inner, bias=False) for _ in range(3))
+        self.o = Linear(inner, width, bias=False)
         for linear, std in ((self.q, (width * head_dim)**-0.5), (self.k, width**-0.5), (self.v, width**-0.5), (self.o, inner**-0.5)):
             nn.init.normal_(linear.weight, std=std)
 
@@ -147,12 +149,12 @@ class T5Attention(nn.Module):
 class T5MLP(nn.Module):
     def __init__(self, width, mlp):
         super().__init__()
-        self.wi_0, self.wi_1, self.wo = (nn.Linear(*sides, bias=False) for sides in ((width, mlp), (width, mlp), (mlp, width)))
+        self.wi_0, self.wi_1, self.wo = (Linear(*sides, bias=False) for sides in ((width, mlp), (width, mlp), (mlp, width)))
         for linear in self.children():
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
     def forward(self, x):
-        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+        return self.wo(gelu(self.wi_0, x) * self.wi_1(x))
 
 
 class T5Block(nn.Module):
@@ -228,7 +230,7 @@ class T5Denoiser(nn.Module):
         super().__init__()
         self.shared, self.encoder = encoder.shared, encoder.encoder
         self.decoder = T5Stack(self.shared, layers, **encoder.sizes, decoder=True)
-        self.lm_head = nn.Linear(self.shared.embedding_dim, self.shared.num_embeddings, bias=False)
+        self.lm_head = Linear(self.shared.embedding_dim, self.shared.num_embeddings, bias=False)
         nn.init.normal_(self.lm_head.weight, std=self.shared.embedding_dim**-0.5)
 
     def forward(self, tokens, decoder_tokens):                                # (B, L), (B, M)
