@@ -245,7 +245,7 @@ def load_part(folder, name, device="cpu", cls=None):
 
 def save_part(folder, name, module, config, dtype=torch.float16):
     """`load_part` rebuilds the module from its constructor's arguments, `config`."""
-    state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype).clone() for k, v in module.state_dict().items()}
+    state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype).clone(memory_format=torch.contiguous_format) for k, v in module.state_dict().items()}
     save_checkpoint(Path(folder) / f"{name}.pt", state)
     write_json(Path(folder) / f"{name}.json", config)
 
@@ -299,6 +299,8 @@ class Bundle:
             check_fit(self.parts)
         dtype = torch.float32 if name == "vae" else torch.bfloat16 if (name, self.dtype) == ("t5", torch.float16) else self.dtype
         module = part.module(self.device, dtype)
+        if name == "vae" and str(self.device) == "cpu":
+            module.to(memory_format=torch.channels_last)                      # from 256 pixels on a tenth faster
         for lora, scale in self.loras:
             apply_lora(module, name, lora, scale)
         return module

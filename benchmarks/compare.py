@@ -161,7 +161,7 @@ def sample_row(depth, side, batch, compiled=False):
 def vae_row(what, pixels, compiled=False):
     """SD3's autoencoder at its real size."""
     from diffusers import AutoencoderKL as Peer
-    ours = randomized(AutoencoderKL())
+    ours = randomized(AutoencoderKL()).to(memory_format=torch.channels_last)  # as `checkpoint.Bundle` loads it
     peer = Peer(block_out_channels=(128, 256, 512, 512), latent_channels=16, layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * 4,
                 up_block_types=["UpDecoderBlock2D"] * 4, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
     given(peer, ours, layouts.DiffusersLayout("vae", 4))
