@@ -66,7 +66,7 @@ class LoRALinear(Linear):
 
 
 def add_lora(module, rank, alpha=None):
-    """Give every linear layer of the module, in place, an update of the rank (App. C: all of them, rank 128); only the updates train. alpha: by default the rank."""
+    """Give every `Linear` of the module, in place, an update of the rank (App. C: all of them, rank 128); only the updates train. alpha: by default the rank."""
     if rank < 1:
         raise ValueError(f"the rank is {rank}, it must be at least 1")
     module.requires_grad_(False)
