@@ -11,7 +11,9 @@ import heapq
 import itertools
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -135,15 +137,23 @@ def dead_workers_named():
         raise ValueError(f"a process that reads data died: {str(error).splitlines()[0]} (out of memory? fewer --workers take less, 0 is none)") from None
 
 
-def own_group(worker):
-    """torchrun signals the whole group of a process: its workers would die before it has saved."""
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
+def outlive_signals(worker):
+    """A cluster's preemption or Ctrl-C may reach the processes that read, too: they go on until the one that trains has saved and ends them (on macOS SIGTERM ends them at once)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=obey_parent, daemon=True).start()
+
+
+def obey_parent():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def loaders(cfg):
     """The DataLoader's settings of the processes that read."""
-    return dict(num_workers=cfg.workers, worker_init_fn=own_group, prefetch_factor=4 if cfg.workers else None)
+    return dict(num_workers=cfg.workers, worker_init_fn=outlive_signals, prefetch_factor=4 if cfg.workers else None)
 
 
 def loaded(dataset, read, cfg, batch_size, start=0, rank=0, world=1, stack=list):

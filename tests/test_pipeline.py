@@ -144,7 +144,7 @@ def test_bucketed_batches_have_one_size_and_nothing_starves(tmp_path):
 
 
 class Faulty(Dataset):
-    """10 items of which some cannot be read; item 99 kills its reader."""
+    """10 items of which some cannot be read; a signal's name among them is sent to each reader."""
 
     def __init__(self, bad=(), n=10):
         self.bad, self.n = {*bad}, n
@@ -158,8 +158,8 @@ class Faulty(Dataset):
     def __getitem__(self, item):
         if item in self.bad:
             raise Unreadable(f"item {item}", "torn")
-        if "kill" in self.bad:
-            os.kill(os.getpid(), signal.SIGKILL)
+        for name in self.bad & {"SIGINT", "SIGTERM", "SIGKILL"}:
+            os.kill(os.getpid(), getattr(signal, name))
         return Sample(np.full((16, 16, 3), item, np.uint8), str(item))
 
 
@@ -185,8 +185,14 @@ def test_data_of_which_nothing_can_be_read(workers):
 
 def test_a_worker_that_dies_is_one_line():
     with pytest.raises(ValueError, match=r"^a process that reads data died: DataLoader worker .*(killed by signal: Killed|exited unexpectedly).*fewer --workers") as error:
-        take(3, batches(Faulty({"kill"}), 4, cfg(workers=1)))
+        take(3, batches(Faulty({"SIGKILL"}), 4, cfg(workers=1)))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_worker_goes_on_when_a_signal_reaches_it(name):
+    expected, found = ([captions for _, captions, _ in take(5, batches(Faulty(bad), 4, cfg(workers=1)))] for bad in ((), {name}))
+    assert found == expected
 
 
 # ---- encoded while training
