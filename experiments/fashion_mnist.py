@@ -1,7 +1,7 @@
 """Does a model trained on Fashion-MNIST draw what it is asked for? A classifier trained on the real pictures judges.
 
     apt-get install dataset-fashion-mnist       # Debian; or the four idx files from anywhere
-    python train.py --stage all --data fashion-mnist:/usr/share/datasets/fashion-mnist --out runs/fashion --steps 3000
+    python train.py --stage all --data fashion-mnist:/usr/share/datasets/fashion-mnist --out runs/fashion --steps 900
     python experiments/fashion_mnist.py --data /usr/share/datasets/fashion-mnist --weights runs/fashion
 
 Leaves experiments/results/fashion_mnist.json and fashion_mnist.png, a row a class.
