@@ -64,7 +64,7 @@ class TrainConfig:
     shift: float = flag(0.0, "timestep shift alpha (Eq. 23), in training and sampling; 0: 3, or for finetune and edit the start's times sqrt(m / n) for m pixels after n; on curved paths 1", "flow")
     text_dropout: float = flag(0.464, "probability with which each text encoder is left out (App. B.3)", "flow")
     image_dropout: float = flag(0.1, "of stage edit: probability with which the picture to edit is left out", "flow")
-    cfg: float = flag(0.0, "guidance scale of the sample grids, and the bundle's default; 0: 4, of shapes 2.5", "flow")
+    cfg: float = flag(2.5, "guidance scale of the sample grids, and the bundle's default", "flow")
     resolution: int = flag(64, "side of the pictures", "data", unit="pixels")
     filter: str = flag("", "which pictures, by columns of the metadata: \"aesthetic>5 and nsfw<0.2\"", "data")
     buckets: bool = flag(False, "keep aspect ratios: batches of sizes of about resolution^2 pixels (Sec. 5.3.2); for the MM-DiT", "data")
@@ -691,7 +691,7 @@ def with_defaults(cfg, stage):
     taken = {k: v for k, v in DEFAULTS[stage].items() if getattr(cfg, k) in (0, "auto") or (cfg.stage == "all" and stage != "pretrain")}
     if "shift" in taken and not straight(cfg.formulation):
         taken["shift"] = 1.0
-    return replace(cfg, stage=stage, cfg=cfg.cfg or (2.5 if cfg.data.startswith("shapes") else 4.0), **taken)
+    return replace(cfg, stage=stage, **taken)
 
 
 def check(cfg, processes):
