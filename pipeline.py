@@ -138,11 +138,14 @@ def dead_workers_named():
 
 
 def outlive_signals(worker):
-    """A cluster's preemption or Ctrl-C may reach the processes that read, too: they go on until the one that trains has saved and ends them (on macOS SIGTERM ends them at once)."""
+    """A cluster's preemption or Ctrl-C may reach the processes that read, too: they go on until the one that trains has saved and ends them. macOS does not tell
+    who sent SIGTERM; there they outlive one to the whole group, torchrun's, by leaving it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=obey_parent, daemon=True).start()
+    elif hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 def obey_parent():

@@ -195,6 +195,15 @@ def test_a_worker_goes_on_when_a_signal_reaches_it(name):
     assert found == expected
 
 
+def test_a_worker_leaves_the_group_where_nothing_tells_who_sent_a_signal(monkeypatch):
+    monkeypatch.delattr(signal, "sigwaitinfo", raising=False)
+    child = os.fork()
+    if not child:
+        pipeline.outlive_signals(0)
+        os._exit(os.getpgid(0) != os.getpid())
+    assert os.waitpid(child, 0)[1] == 0
+
+
 # ---- encoded while training
 
 def test_encoded_batches_go_on_from_anywhere_and_split_over_processes(tiny):
