@@ -199,8 +199,10 @@ def test_a_worker_leaves_the_group_where_nothing_tells_who_sent_a_signal(monkeyp
     monkeypatch.delattr(signal, "sigwaitinfo", raising=False)
     child = os.fork()
     if not child:
-        pipeline.outlive_signals(0)
-        os._exit(os.getpgid(0) != os.getpid())
+        try:
+            pipeline.outlive_signals(0)
+        finally:
+            os._exit(os.getpgid(0) != os.getpid())
     assert os.waitpid(child, 0)[1] == 0
 
 
