@@ -47,23 +47,52 @@ ONEDNN = torch.backends.cpu.get_cpu_capability() == 'AVX512' and hasattr(torch.o
 
 
 def by_onednn(x):
-    """Whether oneDNN shall multiply. Of itself torch has it do so in bf16 alone, and in fp32 calls MKL, which on AMD's CPUs with AVX512 takes 1.1 to 1.5 times as long. It gives no gradients."""
-    return (ONEDNN and x.device.type == 'cpu' and x.dtype in (torch.float32, torch.bfloat16)
-            and not (torch.is_grad_enabled() or torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling()))
+    """Whether oneDNN shall multiply. Of itself torch has it do so in bf16 alone, and in fp32 calls MKL, which on AMD's CPUs with AVX512 takes 1.1 to 1.5 times as long."""
+    return ONEDNN and x.device.type == 'cpu' and x.dtype in (torch.float32, torch.bfloat16) and not torch.is_autocast_enabled('cpu')
+
+
+def traced():
+    """Whether gradients are wanted or a compiler looks on, which know `onednn_linear` alone."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+def onednn(x, weight, bias, activation='none'):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], 'tanh')
+
+
+@torch.library.custom_op('nanosd3::onednn_linear', mutates_args=())
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b by oneDNN, with the gradients that torch does not know: (..., I), (O, I), (O,) or None -> (..., O)."""
+    return onednn(x, weight, bias)
+
+
+@onednn_linear.register_fake
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+def gradients(ctx, grad):
+    x, weight = ctx.saved_tensors
+    rows, wanted = grad.flatten(0, -2), ctx.needs_input_grad
+    return (onednn_linear(grad, weight.mT, None) if wanted[0] else None,
+            rows.mT @ x.flatten(0, -2) if wanted[1] else None,                # oneDNN is no faster at this one
+            rows.sum(0) if wanted[2] else None)
+
+
+onednn_linear.register_autograd(gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
 
 
 class Linear(nn.Linear):
     def forward(self, x):
-        return self.fused(x, 'none') if by_onednn(x) else super().forward(x)
-
-    def fused(self, x, activation):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], 'tanh')
+        if not by_onednn(x):
+            return super().forward(x)
+        return (onednn_linear if traced() else onednn)(x, self.weight, self.bias)
 
 
 def gelu(linear, x):
-    """GELU(linear(x)), by oneDNN while the product is still in the cache: by itself it takes a third of a product's time."""
-    if type(linear) is Linear and by_onednn(x):
-        return linear.fused(x, 'gelu')
+    """GELU(linear(x)), in sampling by oneDNN while the product is still in the cache: by itself it takes a third of a product's time."""
+    if type(linear) is Linear and by_onednn(x) and not traced():
+        return onednn(x, linear.weight, linear.bias, 'gelu')
     return F.gelu(linear(x), approximate='tanh')
 
 

@@ -212,19 +212,45 @@ def test_products_of_sampling_are_those_of_training(shape, dtype, tolerance):
         assert (sampled - expected).norm() <= tolerance * expected.norm() and (trained - expected).norm() <= tolerance * expected.norm()
 
 
-@pytest.mark.skipif(not mmdit.ONEDNN, reason="this CPU has no AVX512")
-def test_onednn_multiplies_where_no_gradient_is_wanted(monkeypatch):
+needs_onednn = pytest.mark.skipif(not mmdit.ONEDNN, reason="this CPU has no AVX512")
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(5, 64), (3, 17, 64)])
+def test_gradients_of_onednns_product(shape):
+    """First and second derivatives are those of torch's product."""
+    def derivatives(f):
+        g = torch.Generator().manual_seed(0)
+        x, weight, bias, direction = (torch.randn(*size, generator=g).requires_grad_() for size in (shape, (50, 64), (50,), (*shape[:-1], 50)))
+        first = torch.autograd.grad(f(x, weight, bias).tanh(), (x, weight, bias), direction, create_graph=True)
+        return *first, *torch.autograd.grad(sum(gradient.square().sum() for gradient in first), (x, weight, bias, direction))
+
+    for ours, theirs in zip(derivatives(mmdit.onednn_linear), derivatives(torch.nn.functional.linear)):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@needs_onednn
+def test_onednns_product_is_a_whole_operator():
+    """What torch asks of one, so that autograd and the compiler may rely on it; without a bias, and of frozen weights, too."""
+    x, weight, bias = torch.randn(3, 5, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True), torch.randn(6, requires_grad=True)
+    for args in (x, weight, bias), (x, weight, None), (x, weight.detach(), bias.detach()), (x.detach(), weight, bias):
+        torch.library.opcheck(mmdit.onednn_linear, args)
+
+
+@needs_onednn
+def test_where_onednn_multiplies(monkeypatch):
     calls = []
-    monkeypatch.setattr(mmdit.F, "gelu", lambda *args, **options: calls.append(args) or args[0])
-    mlp = mmdit.MLP(64)
-    mlp(torch.randn(2, 64))
-    assert len(calls) == 1
+    monkeypatch.setattr(mmdit, "onednn", lambda x, weight, bias, activation="none": calls.append(activation) or x.new_zeros(*x.shape[:-1], len(weight)))
+    mlp, x = mmdit.MLP(64), torch.randn(2, 64)
+    mlp(x)
+    assert calls == ["none", "none"]
     with torch.no_grad():
-        mlp(torch.randn(2, 64))
-    assert len(calls) == 1
+        mlp(x)
+    assert calls[2:] == ["gelu", "none"]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert mlp(torch.randn(2, 64)).dtype == torch.bfloat16
-    assert len(calls) == 2
+        assert mlp(x).dtype == torch.bfloat16
+    mlp.double()(x.double())
+    assert len(calls) == 4
 
 
 def test_bfloat16():
