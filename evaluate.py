@@ -26,7 +26,7 @@ from config import check_least, flag, one_line_errors, parse_config
 from data import ShapeEdits, Shapes
 from flow import shift
 from pipeline import to_tensor
-from sample import check_device, from_uint8, generate, grid, latent_channels, save_png, to_uint8
+from sample import check_device, from_uint8, generate, grid, latent_channels, replace_mmdit, save_png, to_uint8
 from text_encoders import CLIPLayer
 from vae import psnr
 
@@ -459,6 +459,7 @@ def is_shapes(config):
 @dataclass
 class EvaluateConfig:
     weights: str = flag("weights/mini", "a bundle folder", "what")
+    mmdit: str = flag("", "an MM-DiT checkpoint of train.py to use in place of the bundle's", "what")
     level: str = flag("lattice", "level of shapes for the frozen parts, CLIP score and FID", "what", choices=shapes.LEVELS)
     prompts: int = flag(100, "prompts a category", "what")
     seed: int = flag(0, "of prompts and noise", "what")
@@ -492,6 +493,8 @@ def main():
     bundle = checkpoint.load_bundle(cfg.weights, cfg.device)
     if not is_shapes(bundle.config):
         raise ValueError(f"{cfg.weights} was trained on {bundle.config.get('data', 'other pictures')}; what is counted here are the things of `shapes`")
+    if cfg.mmdit:
+        replace_mmdit(bundle, cfg.mmdit)
     sampling = {name: getattr(cfg, name) for name in ("steps", "cfg", "shift", "t_last", "sampler", "noise")} | {name: getattr(cfg, name) or None for name in ("width", "height")}
     if latent_channels(bundle.mmdit)[1]:
         return evaluate_edits(bundle, cfg, sampling)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import register_flop_formula
 
 HEAD_DIM = 64       # Sec. 4: width 64 * depth, depth heads
 
@@ -47,8 +48,9 @@ ONEDNN = torch.backends.cpu.get_cpu_capability() == 'AVX512' and hasattr(torch.o
 
 
 def by_onednn(x):
-    """Whether oneDNN shall multiply. Of itself torch has it do so in bf16 alone, and in fp32 calls MKL, which on AMD's CPUs with AVX512 takes 1.1 to 1.5 times as long."""
-    return ONEDNN and x.device.type == 'cpu' and x.dtype in (torch.float32, torch.bfloat16) and not torch.is_autocast_enabled('cpu')
+    """Whether oneDNN shall multiply. Of itself torch has it do so in bf16 alone, and in fp32 calls MKL, which on AMD's CPUs with AVX512 takes 1.1 to 1.5 times as long. Not for `torch.func`, which does not know it."""
+    return (ONEDNN and x.device.type == 'cpu' and x.dtype in (torch.float32, torch.bfloat16)
+            and not (torch.is_autocast_enabled('cpu') or torch._C._are_functorch_transforms_active()))
 
 
 def traced():
@@ -80,6 +82,7 @@ def gradients(ctx, grad):
 
 
 onednn_linear.register_autograd(gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
+register_flop_formula(torch.ops.nanosd3.onednn_linear)(lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0])       # of shapes
 
 
 class Linear(nn.Linear):

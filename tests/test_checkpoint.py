@@ -244,3 +244,23 @@ def test_average_lies_between_two_at_the_positions_of_the_first(tiny, tmp_path, 
     config["qk_norm"] = not config.get("qk_norm")
     save_part(other, "mmdit", MMDiT(**config), config)
     assert "differ in architecture" in cli(*command)[2][-1]
+
+
+def test_mmdit_in_float8_for_a_bundle_with_fewer_positions(cli, tiny, tmp_path):
+    large, small = tmp_path / "large", tmp_path / "small.pt"
+    checkpoint.copy_parts(tiny, large)
+    config = {**checkpoint.read_json(tiny / "mmdit.json"), "pos_embed_max_size": 12}
+    model = MMDiT(**config)
+    save_part(large, "mmdit", model, config)
+    assert cli("experiments/float8.py", "--weights", large, "--like", tiny, "--out", small)[0] == 0
+    state, smaller = model.half().state_dict(), load_checkpoint(small)
+    error = [(smaller[name].float() - state[name].float()).norm() / state[name].float().norm() for name in state if state[name].ndim == 2 and state[name].any()]
+    assert 0 < max(error) < 0.05
+    assert {name for name, tensor in smaller.items() if tensor.element_size() == 1} == {name for name in state if name.startswith("joint_blocks.") and state[name].ndim == 2}
+    assert torch.equal(smaller["pos_embed"], state["pos_embed"].unflatten(1, (12, 12))[:, 2:10, 2:10].flatten(1, 2))
+    assert cli("sample.py", "--prompt", "a red circle", "--weights", tiny, "--mmdit", small, "--out", tmp_path / "out.png")[0] == 0
+    checkpoint.copy_parts(tiny, tmp_path / "world")
+    checkpoint.write_json(tmp_path / "world" / "config.json", {**checkpoint.read_json(tiny / "config.json"), "data": "shapes"})
+    assert cli("evaluate.py", "--weights", tmp_path / "world", "--mmdit", small, "--quick", "--prompts", 1, "--steps", 1)[0] == 0
+    assert "absent.pt is not there" in cli("evaluate.py", "--weights", tmp_path / "world", "--mmdit", "absent.pt", "--quick")[2][-1]
+    assert "another architecture" in cli("experiments/float8.py", "--weights", tiny, "--like", large, "--out", tmp_path / "none.pt")[2][-1]

@@ -237,6 +237,17 @@ def test_onednns_product_is_a_whole_operator():
         torch.library.opcheck(mmdit.onednn_linear, args)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_function_transforms(grad):
+    """`torch.func`, as for exact divergences or per-sample gradients."""
+    linear = mmdit.Linear(64, 50)
+    x, direction = torch.randn(2, 5, 64)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(torch.func.jvp(linear, (x,), (direction,))[1], direction @ linear.weight.mT)
+        torch.testing.assert_close(torch.func.vmap(linear)(x), linear(x))
+        torch.testing.assert_close(torch.func.vjp(linear, x)[1](torch.ones(5, 50))[0], linear.weight.sum(0).expand(5, 64))
+
+
 @needs_onednn
 def test_where_onednn_multiplies(monkeypatch):
     calls = []
