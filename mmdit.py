@@ -48,7 +48,8 @@ ONEDNN = torch.backends.cpu.get_cpu_capability() == 'AVX512' and hasattr(torch.o
 
 
 def by_onednn(x):
-    """Whether oneDNN shall multiply. Of itself torch has it do so in bf16 alone, and in fp32 calls MKL, which on AMD's CPUs with AVX512 takes 1.1 to 1.5 times as long. Not for `torch.func`, which does not know it."""
+    """Whether oneDNN shall multiply. Of itself torch has it do so in bf16 alone, and in fp32 calls MKL, which on AMD's CPUs with AVX512 takes 1.1 to 1.5 times as long.
+    `torch.func` cannot see through it."""
     return (ONEDNN and x.device.type == 'cpu' and x.dtype in (torch.float32, torch.bfloat16)
             and not (torch.is_autocast_enabled('cpu') or torch._C._are_functorch_transforms_active()))
 
