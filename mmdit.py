@@ -126,14 +126,17 @@ class FusedAttention(torch.autograd.Function):
         scale, scores = q.shape[-1] ** -0.5, FusedAttention.tile(q, k)
         for i in tiles(q.shape[1], FusedAttention.QUERIES):
             qi = q[:, i] * scale
-            top, total, acc = -math.inf, 0, 0                                 # of the keys so far: maximum score, sum and weighted sum of v under exp(score - top)
+            # Of the keys so far: maximum score, sum and weighted sum of v under exp(score - top)
+            top, total, acc = torch.full_like(lse[:, i], -math.inf), torch.zeros_like(lse[:, i]), torch.zeros_like(qi)
             for j in tiles(k.shape[1], FusedAttention.KEYS):
                 s = product(qi, k[:, j].mT, scores)
-                new = s.amax(-1, keepdim=True).clamp(min=top)
+                new = s.amax(-1, keepdim=True).maximum(top)
                 s.sub_(new).exp_()
-                decay = (top - new).exp()
-                total, acc, top = total * decay + s.sum(-1, keepdim=True), acc * decay + s @ v[:, j], new
-            out[:, i], lse[:, i] = acc / total, top + total.log()
+                decay = top.sub_(new).exp_()
+                total.mul_(decay).add_(s.sum(-1, keepdim=True))
+                acc.mul_(decay).baddbmm_(s, v[:, j])
+                top = new
+            out[:, i], lse[:, i] = acc.div_(total), top + total.log()
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -148,10 +151,10 @@ class FusedAttention(torch.autograd.Function):
             qi = q[:, i] * scale
             for j in tiles(k.shape[1], FusedAttention.KEYS):
                 p = product(qi, k[:, j].mT, scores).sub_(lse[:, i]).exp_()    # the softmax itself, from its saved normaliser
-                dv[:, j] += p.mT @ grad[:, i]
+                dv[:, j].baddbmm_(p.mT, grad[:, i])
                 ds = product(grad[:, i], v[:, j].mT, dscores).sub_(delta[:, i]).mul_(p)                # gradient of the scores
-                dq[:, i] += ds @ k[:, j]
-                dk[:, j] += ds.mT @ qi
+                dq[:, i].baddbmm_(ds, k[:, j])
+                dk[:, j].baddbmm_(ds.mT, qi)
         return dq.mul_(scale), dk, dv
 
 

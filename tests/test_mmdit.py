@@ -230,7 +230,6 @@ def test_gradients_of_onednns_product(shape):
 
 
 @needs_onednn
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")           # of opcheck itself
 def test_onednns_product_is_a_whole_operator():
     """What torch asks of one, so that autograd and the compiler may rely on it; without a bias, and of frozen weights, too."""
     x, weight, bias = torch.randn(3, 5, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True), torch.randn(6, requires_grad=True)
