@@ -78,7 +78,7 @@ def gradients(ctx, grad):
     x, weight = ctx.saved_tensors
     rows, wanted = grad.flatten(0, -2), ctx.needs_input_grad
     return (onednn_linear(grad, weight.mT, None) if wanted[0] else None,
-            rows.mT @ x.flatten(0, -2) if wanted[1] else None,                # oneDNN is no faster at this one
+            onednn_linear(rows.mT, x.flatten(0, -2).mT, None) if wanted[1] else None,
             rows.sum(0) if wanted[2] else None)
 
 
