@@ -8,6 +8,7 @@ import tempfile
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
 from vae import AutoencoderKL, Downsample, PatchDiscriminator, Upsample, banded, hinge_loss, psnr, vae_loss
@@ -167,9 +168,20 @@ def test_psnr():
     assert torch.allclose(psnr(a, b), torch.tensor([20.0, 40.0]))
 
 
+@pytest.mark.parametrize("size", [(3, 7), (17, 41)])
+def test_upsampling_is_nearest_then_a_convolution(size):
+    layer, x = Upsample(5).double(), torch.randn(2, 5, *size, dtype=torch.float64, requires_grad=True)
+
+    def gradients(f):
+        return f(x), *torch.autograd.grad(f(x).tanh().sum(), (x, *layer.parameters()))
+    for ours, expected in zip(gradients(layer), gradients(lambda x: layer.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))):
+        assert torch.allclose(ours, expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("height", [2, 6, 32, 50])
-def test_bands_of_a_layer_leave_no_seam(height):
-    x, conv = images(2, 3, height, 12), torch.nn.Conv2d(3, 5, 3, padding=1)
+@pytest.mark.parametrize("width", [12, 300])
+def test_bands_of_a_layer_leave_no_seam(height, width):
+    x, conv = images(2, 3, height, width), torch.nn.Conv2d(3, 5, 3, padding=1)
     for layer in (conv, Upsample(3), Downsample(3)):
         with torch.no_grad():
             assert torch.allclose(torch.cat([*banded(layer, x.split(4, dim=2))], dim=2), layer(x), atol=1e-5)
