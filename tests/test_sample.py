@@ -436,6 +436,19 @@ def test_the_command_of_the_readme_for_wide_pictures(cli, tmp_path, monkeypatch)
     assert sum(evaluate.judge(task, evaluate.detect(x.numpy())[1])[0] for task, x in zip(tasks, pictures)) >= 14
 
 
+@pytest.mark.skipif(not (ROOT / "weights" / "free.pt").exists(), reason="weights/free.pt is not there")
+def test_the_mmdit_of_the_level_free(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = "sample.py --mmdit weights/free.pt --width 128 --height 128"
+    assert f"python {command} " in (ROOT / "README.md").read_text()
+    tasks = evaluate.tasks("colors", 16)
+    (tmp_path / "prompts.txt").write_text("\n".join(task.prompt for task in tasks))
+    assert cli(*command.split(), "--prompts-file", tmp_path / "prompts.txt", "--out", tmp_path / "out.png")[0] == 0
+    picture = np.asarray(Image.open(tmp_path / "out.png"))
+    pictures = [picture[130 * i:130 * i + 128, 130 * j:130 * j + 128] for i in range(4) for j in range(4)]                    # 2 pixels apart
+    assert sum(evaluate.judge(task, evaluate.detect(x)[1])[0] for task, x in zip(tasks, pictures)) >= 12
+
+
 def test_edit_image_from_the_command_line(cli, refused, tiny, tmp_path):
     """With an MM-DiT that is shown a picture beside the noise: the picture, and both scales, matter; one that is not refuses."""
     folder, picture = tmp_path / "edit", tmp_path / "in.png"
