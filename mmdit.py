@@ -48,7 +48,7 @@ ONEDNN = torch.backends.cpu.get_cpu_capability() == 'AVX512' and hasattr(torch.o
 
 
 def by_onednn(x):
-    """Whether oneDNN shall multiply. Of itself torch has it do so in bf16 alone, and in fp32 calls MKL, which on AMD's CPUs with AVX512 takes 1.1 to 1.5 times as long.
+    """Whether oneDNN shall multiply. Of itself torch has it do so in bf16 alone, and in fp32 calls MKL, which on AMD's CPUs with AVX512 takes 1.1 to 2.2 times as long.
     `torch.func` cannot see through it."""
     return (ONEDNN and x.device.type == 'cpu' and x.dtype in (torch.float32, torch.bfloat16)
             and not (torch.is_autocast_enabled('cpu') or torch._C._are_functorch_transforms_active()))
@@ -83,7 +83,8 @@ def gradients(ctx, grad):
 
 
 onednn_linear.register_autograd(gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
-register_flop_formula(torch.ops.nanosd3.onednn_linear)(lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0])       # of shapes
+PRODUCTS = [torch.ops.nanosd3.onednn_linear, *([torch.ops.mkldnn._linear_pointwise] if ONEDNN else [])]
+register_flop_formula(PRODUCTS)(lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0])       # of shapes
 
 
 class Linear(nn.Linear):

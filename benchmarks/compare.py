@@ -34,7 +34,6 @@ import ctypes
 import gc
 import importlib.metadata
 import importlib.util
-import math
 import os
 import platform
 import time
@@ -48,7 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import layouts
-from mmdit import ONEDNN, Linear, MMDiT, fused_attention, plain_attention
+from mmdit import Linear, MMDiT, fused_attention, plain_attention
 from sample import guided_velocity
 from samplers import sample_euler, timesteps
 from text_encoders import CLIPTextEncoder, T5Encoder
@@ -273,7 +272,6 @@ ROWS = {**{f"forward depth {d}, {(s // 2) ** 2} tokens x {b}": partial(forward_r
         "optimizer and EMA depth 8": partial(optimizer_row, 8),
         **{f"attention {n} tokens{', backward' * backward}": partial(attention_row, n, backward) for n in (256, 1024, 2048, 4096, 8192) for backward in (False, True)},
         "block of lucidrains' mmdit": lucidrains_row}
-FLOPS = {torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]} if ONEDNN else {}  # which torch does not count by itself
 NEAR = ("tiled", "block")  # rows whose candidates are not the same function
 
 
@@ -339,7 +337,7 @@ def compare(name, cfg, peak):
     """A row of the table."""
     candidates = ROWS[name](compiled=cfg.compile)
     first, *others = candidates
-    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+    with FlopCounterMode(display=False) as counter:
         result = candidates[first]().clone() if not name.startswith(NEAR[1]) else candidates[first]()
     flops = counter.get_total_flops()
     if not any(word in name for word in NEAR) and "optimizer" not in name:
