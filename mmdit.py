@@ -6,6 +6,7 @@ Beyond the paper: the second, image-only attention of SD3.5-medium (`dual_attent
 Axes: B batch, C latent channels, h x w latent size, p patch size, N image tokens, L text tokens, T tokens of all streams, D = 64 * depth width, H = depth heads.
 """
 
+import itertools
 import math
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 HEAD_DIM = 64       # Sec. 4: width 64 * depth, depth heads
 
@@ -85,6 +86,11 @@ def gradients(ctx, grad):
 onednn_linear.register_autograd(gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
 PRODUCTS = [torch.ops.nanosd3.onednn_linear, *([torch.ops.mkldnn._linear_pointwise] if ONEDNN else [])]
 register_flop_formula(PRODUCTS)(lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0])       # of shapes
+aten = torch.ops.aten
+for counted, unknown in {aten._scaled_dot_product_flash_attention: aten._scaled_dot_product_flash_attention_for_cpu,
+                         aten._scaled_dot_product_flash_attention_backward: aten._scaled_dot_product_flash_attention_for_cpu_backward,
+                         aten.baddbmm: aten.baddbmm_}.items():
+    flop_registry[unknown] = flop_registry[counted]
 
 
 class Linear(nn.Linear):
@@ -171,10 +177,23 @@ def plain_attention(q, k, v):
     return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
 
 
+def onednn_attention(q, k, v):
+    """By oneDNN, one head and 512 queries at a time: (B, H, N, 64) -> (B, H, N, 64), O(N) memory, no gradients. torch's kernel, by MKL, takes up to 1.7 times as long (`by_onednn`)."""
+    out, scale = torch.empty_like(q), q.shape[-1] ** -0.5
+    for head in itertools.product(*map(range, q.shape[:2])):
+        keys, values = k[head].contiguous(), v[head].mT.contiguous()
+        for i in tiles(q.shape[2], 512):
+            scores = onednn(q[head][i] * scale, keys, None)
+            out[head][i] = onednn(scores.softmax(-1), values, None)
+    return out
+
+
 def attention(q, k, v):
     """torch's kernel where it exists, else ours: (B, H, N, 64) -> (B, H, N, 64)."""
     if not hasattr(F, 'scaled_dot_product_attention'):
         return fused_attention(q, k, v)
+    if k.shape[2] >= 256 and q.dtype == torch.float32 and by_onednn(q) and not traced():
+        return onednn_attention(q, k, v)
     if q.device.type == 'cpu' and k.shape[2] <= 128 and torch.is_grad_enabled():
         return plain_attention(q, k, v)       # training the miniature: at 56 tokens in bf16 the kernel's backward takes 5 times as long, measured on 2 cores
     return F.scaled_dot_product_attention(q, k, v)

@@ -22,10 +22,6 @@ from runs import matrix_peak, peak_memory
 
 GB = 1e9
 LATER = 0.07 * GB  # what a run on a CPU loads after its start, and the text encoders at work, of the miniature, measured
-aten = torch.ops.aten
-FLOPS = {**flop_registry,  # torch's list lacks the CPU's attention
-         aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
-         aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[aten._scaled_dot_product_flash_attention_backward]}
 
 
 class Counted(TorchDispatchMode):
@@ -40,8 +36,8 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if function._overloadpacket in FLOPS:
-            self.flops += FLOPS[function._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        if function._overloadpacket in flop_registry:
+            self.flops += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=out)
         for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
             if storage not in self.known:
                 self.known[storage] = True

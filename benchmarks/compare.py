@@ -47,7 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import layouts
-from mmdit import Linear, MMDiT, fused_attention, plain_attention
+from mmdit import Linear, MMDiT, attention, fused_attention, plain_attention
 from sample import guided_velocity
 from samplers import sample_euler, timesteps
 from text_encoders import CLIPTextEncoder, T5Encoder
@@ -241,8 +241,8 @@ def attention_row(tokens, backward, compiled=False):
         q.grad = k.grad = v.grad = None
         f(q, k, v).sum().backward()
         return v.grad
-    return {"fused_attention": lambda: run(fused_attention), "scaled_dot_product_attention": lambda: run(F.scaled_dot_product_attention),
-            "naive": lambda: run(plain_attention)}
+    row = {"fused_attention": lambda: run(fused_attention), "scaled_dot_product_attention": lambda: run(F.scaled_dot_product_attention), "naive": lambda: run(plain_attention)}
+    return row if backward else {**row, "attention in sampling": lambda: run(attention)}
 
 
 def lucidrains_row(compiled=False):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import mmdit
 from layouts import DiffusersLayout
@@ -278,7 +279,7 @@ def test_bfloat16():
             assert (out - exact).norm() / exact.norm() < 0.03
 
 
-# ---------------------------------------------------------------- fused attention
+# ---------------------------------------------------------------- attention
 
 def exact_attention(q, k, v):
     return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
@@ -305,6 +306,23 @@ def test_fused_attention_gradcheck(monkeypatch):
     monkeypatch.setattr(mmdit.FusedAttention, 'QUERIES', 4)
     monkeypatch.setattr(mmdit.FusedAttention, 'KEYS', 3)
     assert torch.autograd.gradcheck(fused_attention, qkv(9, 7, channels=5))
+
+
+@needs_onednn
+@pytest.mark.parametrize("queries, keys, scale", [(600, 600, 1), (300, 257, 3), (0, 300, 1)])
+def test_attention_by_onednn(queries, keys, scale, monkeypatch):
+    """Where no gradients are wanted, on the strided heads that a block gives; else torch's kernel."""
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(queries, keys, torch.float32, scale=scale))
+    calls, product = [], mmdit.onednn
+    monkeypatch.setattr(mmdit, "onednn", lambda *args: calls.append(args) or product(*args))
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as flops:
+            ours = mmdit.attention(q, k, v)
+    assert flops.get_total_flops() == 4 * 6 * queries * keys * 64
+    torch.testing.assert_close(ours.double(), exact_attention(*(x.double() for x in (q, k, v))), atol=1e-5 * scale ** 2, rtol=1e-5)
+    assert len(calls) == 2 * 6 * math.ceil(queries / 512) and ours.stride() == q.stride()
+    mmdit.attention(q, k, v), torch.compile(mmdit.attention, backend="eager")(q.detach(), k.detach(), v.detach())
+    assert len(calls) == 2 * 6 * math.ceil(queries / 512)
 
 
 def test_fused_attention_takes_transposed_views_and_half_precision():
@@ -334,6 +352,14 @@ def largest(attention, n):
     with LargestTensor() as mode, torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.numel()), x)[1], lambda x: x):
         attention(q, k, v).sum().backward()
     return mode.elements, sum(saved)
+
+
+@pytest.mark.parametrize("f", [fused_attention, torch.nn.functional.scaled_dot_product_attention])
+def test_flops_of_attention(f):
+    """Two products forward, five backward: the scores anew and four gradients."""
+    with FlopCounterMode(display=False) as flops:
+        f(*qkv(300, 520, torch.float32)).sum().backward()
+    assert flops.get_total_flops() == 7 * 2 * 6 * 300 * 520 * 64
 
 
 def test_fused_attention_is_linear_in_memory():
