@@ -192,7 +192,7 @@ def attention(q, k, v):
     """torch's kernel where it exists, else ours: (B, H, N, 64) -> (B, H, N, 64)."""
     if not hasattr(F, 'scaled_dot_product_attention'):
         return fused_attention(q, k, v)
-    if k.shape[2] >= 256 and q.dtype == torch.float32 and by_onednn(q) and not traced():
+    if k.shape[2] >= 384 and q.dtype == torch.float32 and by_onednn(q) and not traced():
         return onednn_attention(q, k, v)
     if q.device.type == 'cpu' and k.shape[2] <= 128 and torch.is_grad_enabled():
         return plain_attention(q, k, v)       # training the miniature: at 56 tokens in bf16 the kernel's backward takes 5 times as long, measured on 2 cores
