@@ -102,22 +102,22 @@ def save_checkpoint(path, state):
         raise OSError(f"{path} cannot be written: {first_line(error)} (is the disk full?)") from None
 
 
-def load_checkpoint(path, device="cpu", mmap=False):
+def load_checkpoint(path, mmap=False):
     """What `save_checkpoint` wrote. A missing, truncated or foreign file, or one with code in it, is a ValueError."""
     if not Path(path).is_file():
         raise ValueError(f"{path} is not there" if not Path(path).exists() else f"{path} is no file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except OSError:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # foreign bytes make torch raise anything, from IndexError to UnpicklingError
         raise ValueError(f"{path} is no checkpoint of ours, or damaged ({first_line(error)})") from None
 
 
 def first_line(error):
-    return (str(error) or repr(error)).splitlines()[0][:120]
+    return (str(error).strip() or repr(error)).splitlines()[0][:120]
 
 
 def safetensors(path):

@@ -13,11 +13,9 @@ import sys
 from pathlib import Path
 
 
-def flag(default, help, group="options", choices=None, unit=""):
+def flag(default, help, group, choices=None, unit=""):
     """A config field: `help` says what it is, `unit` what it counts. A tuple default means that the flag may be repeated."""
     meta = {"help": help + (f" [{unit}]" if unit else ""), "group": group, "choices": choices}
-    if isinstance(default, (list, tuple)):
-        return dataclasses.field(default_factory=lambda: tuple(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -46,13 +44,17 @@ def one_of(choices):
     return parse
 
 
+def given(name):
+    """Whether the command line has the flag of a field, be it with its default."""
+    return any(word.partition("=")[0] == "--" + name.replace("_", "-") for word in sys.argv)
+
+
 def parse_config(cls, argv=None, description="", only=None):
-    """A `cls` (dataclass) filled from the command line; `--batch-size` for `batch_size`, `--no-ema` for a field that is True. `only`: the fields that are flags, if not all."""
+    """A `cls` (dataclass) filled from the command line; `--batch-size` for `batch_size`, `--no-qk-norm` for a field that is True. `only`: the fields that are flags, if not all."""
     parser = Parser(prog=Path(sys.argv[0]).name, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {}
     for field in (field for field in dataclasses.fields(cls) if only is None or field.name in only):
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        name, meta = "--" + field.name.replace("_", "-"), field.metadata
+        name, meta, default = "--" + field.name.replace("_", "-"), field.metadata, field.default
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         help = meta["help"].replace("%", "%%") + (f" (default: {default})" if default not in (None, "", ()) else "")
         if isinstance(default, bool):

@@ -57,7 +57,8 @@ class Dataset:
 
     `groups`: for each size of picture, the items to train on; `skipped`: {name: why} of what was found unusable on opening."""
 
-    skipped, options = {}, ()      # options: those of open_data that it takes
+    options = ()      # those of open_data that it takes
+    skipped = cached_property(lambda self: {})
     groups = cached_property(lambda self: [range(len(self))])
 
 
@@ -161,7 +162,7 @@ class Pictures(Dataset):
         if buckets and width != height:
             raise ValueError(f"buckets have the area of a square, the size is {width} x {height}")
         self.sizes, self.bucket = bucket_sizes(width) if buckets else [(width, height)], None
-        self.seed, self.upscale, self.skipped = seed, upscale, {}
+        self.seed, self.upscale = seed, upscale
 
     def arrange(self, bucket, part):
         """Trains on the range `part` of the items, in groups by bucket: (n,) numbers of self.sizes, or negative for an item that is left out."""

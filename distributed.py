@@ -19,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpoint import first_line
 from optim import whole
 from sample import check_device
 
@@ -144,7 +145,7 @@ def save_sharded(path, state):
         if rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
         reason = next(iter(error.failures.values()))[0]
-        raise OSError(f"{path} cannot be written: {str(reason).strip().splitlines()[0][:120]} (is the disk full?)") from None
+        raise OSError(f"{path} cannot be written: {first_line(reason)} (is the disk full?)") from None
     if rank() == 0:
         part.rename(path)
     barrier()
@@ -155,7 +156,9 @@ def load_sharded(path, module, averages, optimizers, numbers):
     state = sharded_state(module, averages, optimizers, dict(numbers))
     try:
         dcp.load(state, checkpoint_id=path)
+    except (OSError, MemoryError):
+        raise
     except (Exception, dcp.CheckpointException) as error:  # a foreign folder, another architecture: torch raises anything
-        raise ValueError(f"{path} is no sharded checkpoint of this architecture, or damaged ({str(error).strip().splitlines()[0][:120]})") from None
+        raise ValueError(f"{path} is no sharded checkpoint of this architecture, or damaged ({first_line(error)})") from None
     set_optimizer_state_dict(module, optimizers, state["optimizers"])
     return {name: state[name] for name in numbers}

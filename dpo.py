@@ -147,7 +147,7 @@ def again(name, default):
 
 @dataclass
 class DPOConfig(TrainConfig):
-    """What is not in FLAGS is train.py's default."""
+    """What is not in FLAGS is the bundle's (`run_dpo`), or else train.py's default."""
     stage: str = again("stage", "dpo")
     pairs: str = flag("", "preferences: a jsonl file, a folder, latents:DIR", "run")
     weights: str = flag("weights/mini", "bundle that is aligned", "run")
@@ -181,7 +181,7 @@ def align(cfg):
     bundle, out = checkpoint.load_bundle(cfg.weights, cfg.device), Path(cfg.out)
     if isinstance(dataset, Latents):
         check_fingerprint(dataset, [cfg.weights], cfg.clip_length, cfg.t5_length)
-    form, alpha, config = formulation(bundle.config["formulation"]), bundle.config["shift"], bundle.part("mmdit").config
+    form, config = formulation(cfg.formulation), bundle.part("mmdit").config
     made, shown = latent_channels(bundle.mmdit)
     if shown:
         raise ValueError(f"{cfg.weights} edits pictures: a LoRA is of models that draw them")
@@ -198,7 +198,7 @@ def align(cfg):
 
     def noise_for(latents, n, generator):
         """t and eps of n pairs."""
-        return shift(form.sample_t(n, generator), alpha), torch.randn(n, latents.shape[1] // 2, *latents.shape[2:], generator=generator)
+        return shift(form.sample_t(n, generator), cfg.shift), torch.randn(n, latents.shape[1] // 2, *latents.shape[2:], generator=generator)
 
     def draw(batch, generator):
         return *batch, *map(distributed.own, noise_for(batch[0], cfg.batch_size, generator))
@@ -242,7 +242,7 @@ def check(cfg):
 
 def run_dpo(cfg):
     config = checkpoint.load_bundle(cfg.weights).config
-    cfg = replace(cfg, data="shapes" if evaluate.is_shapes(config) else "", **{name: config[name] for name in ("resolution", "clip_length", "t5_length")})
+    cfg = replace(cfg, data="shapes" if evaluate.is_shapes(config) else "", **{name: config[name] for name in ("resolution", "clip_length", "t5_length", "formulation", "shift")})
     check(cfg)
     run = Run(cfg)
     run.check_folder()

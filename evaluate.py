@@ -214,8 +214,8 @@ def shape(pixels, mask, ground, distance, cell, least=0.8):
         other = template(name, x - cx * radius, y - cy * radius, radius, width, height)
         return np.minimum(alpha, other).sum() / np.maximum(alpha, other).sum(), radius
 
-    overlap, name = max((fitted(name)[0], name) for name in shapes.SHAPES)
-    size = min(shapes.RADII, key=lambda k: abs(shapes.RADII[k] - fitted(name)[1] / cell))
+    overlap, radius, name = max((*fitted(name), name) for name in shapes.SHAPES)
+    size = min(shapes.RADII, key=lambda k: abs(shapes.RADII[k] - radius / cell))
     return shapes.Thing(palette_name(color), (x + left) / cell, (y + top) / cell, name if overlap > least else "?", size)
 
 
@@ -238,8 +238,8 @@ def sign(pixels, mask, cell):
     margin = round(0.15 * cell)
     if alpha[margin:-margin, margin:-margin].mean() < 0.04:
         return None
-    thing = shapes.Thing(color, (left + right) / 2 / cell, (top + bottom) / 2 / cell, word="?" * letters)
-    return shapes.Thing(thing.color, thing.x, thing.y, word="".join(read_letter(alpha, k, letters, cell) for k in range(letters)))
+    word = "".join(read_letter(alpha, k, letters, cell) for k in range(letters))
+    return shapes.Thing(color, (left + right) / 2 / cell, (top + bottom) / 2 / cell, word=word)
 
 
 @lru_cache(None)
@@ -429,10 +429,15 @@ def autoencoder(bundle, level, n=256):
     return {"psnr": psnr(recon, images).mean().item(), "detector": float(np.mean(right))}
 
 
+@lru_cache(1)
+def image_tower(folder, device):
+    return checkpoint.load_part(folder, "clip_image", device, CLIPImageEncoder)
+
+
 @torch.inference_mode()
 def clip_features(bundle, images, captions):
     """Of both towers side by side: image features and text features (N, widths of L and G), each half normalised."""
-    tower = checkpoint.load_part(bundle.folder, "clip_image", bundle.device, CLIPImageEncoder)
+    tower = image_tower(bundle.folder, bundle.device)
     _, pooled = bundle.text.encode(captions, ("clip_l", "clip_g"))
     halves = [bundle.text.sizes.clip_l, bundle.text.sizes.clip_g]
     image = torch.cat([tower(batch.to(bundle.device)).cpu() for batch in images.split(256)])
@@ -440,7 +445,7 @@ def clip_features(bundle, images, captions):
 
 
 def clip_and_fid(bundle, level, n=512, seed=0, **settings):
-    """{'retrieval': 64-way on true pictures, 'clip_score': of samples, 'fid': of samples against true pictures, both of held-out captions}."""
+    """{'retrieval': 64-way on true pictures, 'clip_score': of samples, 'clip_score_real': of true pictures, 'fid': of samples against true pictures, both of held-out captions}."""
     _, images, captions = held_out(level, n, *(settings.get(side) or bundle.config["resolution"] for side in ("width", "height")))
     real, text = clip_features(bundle, images, captions)
     samples = torch.cat([generate(bundle, captions[i:i + 128], seed=seed + i, **settings) for i in starts(n, 128)])
@@ -490,6 +495,8 @@ def main():
     cfg = parse_config(EvaluateConfig, description=__doc__)
     check_least(cfg, prompts=1, seed=0)
     check_device(cfg.device)
+    if cfg.out:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)        # before the work, not after
     bundle = checkpoint.load_bundle(cfg.weights, cfg.device)
     if not is_shapes(bundle.config):
         raise ValueError(f"{cfg.weights} was trained on {bundle.config.get('data', 'other pictures')}; what is counted here are the things of `shapes`")

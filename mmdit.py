@@ -87,10 +87,9 @@ onednn_linear.register_autograd(gradients, setup_context=lambda ctx, inputs, out
 PRODUCTS = [torch.ops.nanosd3.onednn_linear, *([torch.ops.mkldnn._linear_pointwise] if ONEDNN else [])]
 register_flop_formula(PRODUCTS)(lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0])       # of shapes
 aten = torch.ops.aten
-for counted, unknown in {aten._scaled_dot_product_flash_attention: aten._scaled_dot_product_flash_attention_for_cpu,
-                         aten._scaled_dot_product_flash_attention_backward: aten._scaled_dot_product_flash_attention_for_cpu_backward,
-                         aten.baddbmm: aten.baddbmm_}.items():
-    flop_registry[unknown] = flop_registry[counted]
+flop_registry.update({aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+                      aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[aten._scaled_dot_product_flash_attention_backward],
+                      aten.baddbmm_: flop_registry[aten.baddbmm]})
 
 
 class Linear(nn.Linear):
@@ -189,7 +188,7 @@ def onednn_attention(q, k, v):
 
 
 def attention(q, k, v):
-    """torch's kernel where it exists, else ours: (B, H, N, 64) -> (B, H, N, 64)."""
+    """What is fastest, torch's kernel but for two cases on CPUs; ours by hand where torch has none: (B, H, N, 64) -> (B, H, N, 64)."""
     if not hasattr(F, 'scaled_dot_product_attention'):
         return fused_attention(q, k, v)
     if k.shape[2] >= 384 and q.dtype == torch.float32 and by_onednn(q) and not traced():

@@ -65,10 +65,10 @@ def make_optimizers(module, cfg, dtype=torch.float32):
     """[AdamW] or, where the stage takes Muon, [Muon on hidden weights, AdamW on the rest]: embeddings, inputs, outputs, modulations, norms, biases."""
     rest = ("embed", "shared", "relative", "adaLN", "final_layer", "conv_in", "conv_out", "lm_head", "projection", "logit_scale")
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    hidden = [p for name, p in parameters.items() if cfg.optimizer != "adamw" and p.ndim >= 2 and not any(word in name for word in rest)]
-    others = [p for p in parameters.values() if not any(p is h for h in hidden)]
+    hidden = {name: p for name, p in parameters.items() if cfg.optimizer != "adamw" and p.ndim >= 2 and not any(word in name for word in rest)}
+    others = [p for name, p in parameters.items() if name not in hidden]
     adamw = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-15, weight_decay=cfg.weight_decay, fused=True)  # eps: Sec. 5.3.2
-    return [Muon(hidden, cfg.muon_lr, weight_decay=cfg.weight_decay, dtype=dtype), adamw] if hidden else [adamw]
+    return [Muon(list(hidden.values()), cfg.muon_lr, weight_decay=cfg.weight_decay, dtype=dtype), adamw] if hidden else [adamw]
 
 
 def lr_factor(step, cfg):

@@ -134,7 +134,7 @@ def dead_workers_named():
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise ValueError(f"a process that reads data died: {str(error).splitlines()[0]} (out of memory? fewer --workers take less, 0 is none)") from None
+        raise ValueError(f"a process that reads data died: {checkpoint.first_line(error)} (out of memory? fewer --workers take less, 0 is none)") from None
 
 
 def outlive_signals(worker):
@@ -193,9 +193,9 @@ def batches(dataset, batch_size, cfg, start=0, rank=0, world=1):
         yield to_tensor(samples), list(captions), samples
 
 
-def caption_batches(dataset, batch_size, cfg, start=0, rank=0, world=1):
+def caption_batches(dataset, batch_size, cfg, start=0):
     """Yields lists of (original, synthetic) captions: `batches` without pictures."""
-    yield from loaded(dataset, read_captions, cfg, batch_size, start, rank, world)
+    yield from loaded(dataset, read_captions, cfg, batch_size, start)
 
 
 def to_tensor(samples):

@@ -63,8 +63,9 @@ class Run:
         for name in KEPT.get(self.cfg.stage, ARCHITECTURE) if self.cfg.resume else ():
             if begun.get(name, getattr(self.cfg, name)) != getattr(self.cfg, name):
                 raise ValueError(f"{self.folder} was begun with --{name.replace('_', '-')} {begun[name]}, not {getattr(self.cfg, name)}")
-        part = self.folder / {"vae": "vae.pt", "clip": "clip_l.pt", "t5": "t5.pt"}.get(self.cfg.stage, "mmdit.pt")
-        if part.exists() and not before.exists():       # `start` writes it
+        parts = {"vae": "vae.pt", "clip": "clip_l.pt", "t5": "t5.pt", "pretrain": "mmdit.pt"}.get(self.cfg.stage, "*.pt")       # the others write all
+        part = min(self.folder.glob(parts), default=None)
+        if part and not before.exists():                # `start` writes it
             raise ValueError(f"{part} is there and no run of stage {self.cfg.stage} made it: another --out is needed")
         if made > self.cfg.steps and not done:
             raise ValueError(f"--steps is {self.cfg.steps}, {self.latest()} is further")

@@ -43,7 +43,7 @@ class SampleConfig:
     height: int = flag(None, "height, a multiple of 16; the bundle's unless given", "picture", unit="pixels")
     num: int = flag(1, "pictures a prompt", "picture")
     init_image: str = flag("", "picture to start from; its size is the default of --width and --height", "picture")
-    strength: float = flag(-1.0, "how much of --init-image is drawn anew, from 0 (nothing) to 1 (all); -1: 0.6", "picture")
+    strength: float = flag(-1.0, "how much of --init-image is drawn anew, above 0 (nothing) to 1 (all); -1: 0.6", "picture")
     edit_image: str = flag("", "picture to edit, the prompt being the instruction (App. D); for a model of train.py --stage edit; its size as of --init-image", "picture")
     image_cfg: float = flag(-1.0, "guidance scale towards --edit-image, 1 is none; --cfg is then that of the instruction; -1: the bundle's", "sampling")
     mask: str = flag("", "picture that is white where --init-image is to be redrawn, black where it stays", "picture")
@@ -116,7 +116,7 @@ def check_device(name):
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device {name!r} cannot be used: {checkpoint.first_line(error)}") from None
 
 
 def latent_channels(mmdit):
@@ -368,6 +368,8 @@ def read_prompts(cfg):
     prompts = list(cfg.prompt)
     if cfg.prompts_file:
         prompts += prompts_of(cfg.prompts_file)
+    if cfg.negative_prompt:
+        check_prompts([cfg.negative_prompt])
     return check_prompts(prompts)
 
 
@@ -414,7 +416,8 @@ def main():
                       image_cfg=cfg.image_cfg, t_last=cfg.t_last, tiled=cfg.tiled, noise=cfg.noise, progress=True, **start)
     picture = grid(images)
     larger = (picture.width * cfg.zoom, picture.height * cfg.zoom)
-    texts = {**asdict(cfg), **used, "width": images.shape[2], "height": images.shape[1], "prompt": "\n".join(prompts), "software": "nanoSD3"}
+    used |= {"strength": start.get("strength", ""), "t5_length": bundle.config["t5_length"], "width": images.shape[2], "height": images.shape[1]}
+    texts = {**asdict(cfg), **used, "prompt": "\n".join(prompts), "software": "nanoSD3"}
     save_png(picture.resize(larger, Image.Resampling.NEAREST), out, texts)
     if cfg.trajectory:
         frames.append(picture)

@@ -42,7 +42,7 @@ def timesteps(steps, shift=1.0, t_max=1.0, t_min=0.0, schedule="uniform", t_last
     elif callable(schedule):
         u = schedule(u).sort(descending=True).values
     elif schedule != "uniform":
-        raise ValueError(f"unknown schedule {schedule!r}; known are uniform, logit-normal, released, or a function")
+        raise ValueError(f"unknown schedule {schedule!r}; known are uniform, logit-normal, released (log-snr is `timesteps_log_snr`), or a function")
     t = t_min + (t_max - t_min) * flow.shift(u, shift)
     t[0], t[-1] = t_max, t_min                    # exactly, whatever float32 made of them
     return t

@@ -367,13 +367,13 @@ class BPETokenizer(Tokenizer):
         (Path(folder) / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, self.merges)]) + "\n", encoding="utf-8")
 
     @classmethod
-    def train(cls, texts, length=77, pad=None, min_share=2e-3, max_merges=48894):
+    def train(cls, texts, length=77, min_share=2e-3):
         """Merges the words that at least `min_share` of the texts contain, up to CLIP's number of merges; rarer words stay spelled letter by letter.
 
         A merge is always at a word's end, where CLIP's are anywhere: so the merges of "red" touch no rare word but those that end like it, as "bed" does."""
         words = {cls.symbols(word): count for word, count in frequent(map(cls.words, texts), min_share).items()}
         merges = []
-        while len(merges) < max_merges:
+        while len(merges) < 48894:
             pairs = Counter()
             for word, count in words.items():
                 if len(word) > 1:
@@ -383,7 +383,7 @@ class BPETokenizer(Tokenizer):
             pair = max(sorted(pairs), key=pairs.get)
             merges.append(pair)
             words = {cls.merge(word, pair): count for word, count in words.items()}
-        return cls({entry: i for i, entry in enumerate(cls.entries(merges))}, merges, length, pad)
+        return cls({entry: i for i, entry in enumerate(cls.entries(merges))}, merges, length)
 
     @classmethod
     def words(cls, text):

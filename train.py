@@ -17,7 +17,7 @@ and micro-batches: all draw for the whole batch and take their rows. Read on: op
 
 from dataclasses import dataclass, replace
 
-from config import check_least, flag, going_on, one_line_errors, parse_config
+from config import check_least, flag, given, going_on, one_line_errors, parse_config
 
 STAGES = ("vae", "clip", "t5", "pretrain", "finetune", "edit", "all")
 
@@ -26,7 +26,8 @@ STAGES = ("vae", "clip", "t5", "pretrain", "finetune", "edit", "all")
 class TrainConfig:
     stage: str = flag("pretrain", "what to train; all: each from vae to pretrain in turn; finetune (another --resolution), edit (by instruction): the MM-DiT of --init-from", "run",
                       choices=STAGES)
-    data: str = flag("shapes", "shapes[:LEVEL], folder:DIR, imagenet:DIR, fashion-mnist:DIR, tar:DIR/{00000..00099}.tar, latents:DIR; stage edit: shapes, edits:DIR, edits:FILE.jsonl", "run")
+    data: str = flag("shapes", "shapes[:LEVEL] (autoencoder and text encoders take all), folder:DIR, imagenet:DIR, fashion-mnist:DIR, tar:DIR/{00000..00099}.tar, latents:DIR; "
+                      "stage edit: shapes, edits:DIR, edits:FILE.jsonl", "run")
     out: str = flag("runs/miniature", "run folder", "run")
     weights: str = flag("weights/mini", "bundle whose frozen parts are used where the run folder has none", "run")
     init_from: str = flag("", "bundle whose weights and tokenizers the stage starts from", "run")
@@ -54,7 +55,7 @@ class TrainConfig:
     depth: int = flag(4, "of the MM-DiT: width 64 depth, depth heads", "model")
     qk_norm: bool = flag(True, "RMSNorm on Q and K; finetune and edit add it to a model without", "model")
     weight_sets: int = flag(2, "sets of weights a block: 2 is the paper's, 1 a DiT, 3 for CLIP, T5 and image", "model")
-    attention: str = flag("sdpa", "torch's or our fused attention", "model", choices=("sdpa", "fused"))
+    attention: str = flag("sdpa", "torch's, or on CPUs what is faster; or ours, fused", "model", choices=("sdpa", "fused"))
     base_resolution: int = flag(0, "side of pictures that have the positions 0 to 16; larger ones' lie outside, as far apart; 0: resolution, or in proportion to the start's", "model", unit="pixels")
     latent_channels: int = flag(16, "of an autoencoder trained here", "model")
     text_width: int = flag(256, "of a T5 trained here; the CLIPs have 3/8 and 5/8 of it, 3 to 5 as the released 768 to 1280", "model")
@@ -64,7 +65,7 @@ class TrainConfig:
     shift: float = flag(0.0, "timestep shift alpha (Eq. 23), in training and sampling; 0: 3, or for finetune and edit the start's times sqrt(m / n) for m pixels after n; on curved paths 1", "flow")
     text_dropout: float = flag(0.464, "probability with which each text encoder is left out (App. B.3)", "flow")
     image_dropout: float = flag(0.1, "of stage edit: probability with which the picture to edit is left out", "flow")
-    cfg: float = flag(2.5, "guidance scale of the sample grids, and the bundle's default", "flow")
+    cfg: float = flag(0.0, "guidance scale of the sample grids, and the bundle's default; 0: 2.5, or for finetune and edit the start's", "flow")
     resolution: int = flag(64, "side of the pictures", "data", unit="pixels")
     filter: str = flag("", "which pictures, by columns of the metadata: \"aesthetic>5 and nsfw<0.2\"", "data")
     buckets: bool = flag(False, "keep aspect ratios: batches of sizes of about resolution^2 pixels (Sec. 5.3.2); for the MM-DiT", "data")
@@ -95,7 +96,7 @@ class TrainConfig:
 DEFAULTS = {"vae": dict(steps=12000, batch_size=16, lr=1e-3, muon_lr=0.02),
             "clip": dict(steps=1200, batch_size=128, lr=1e-3, optimizer="adamw", grad_accum=1, muon_lr=0.02, sharding="ddp"),
             "t5": dict(steps=250, batch_size=64, lr=1e-3, muon_lr=0.01),
-            "pretrain": dict(steps=14000, batch_size=64, lr=1e-3, muon_lr=0.02, shift=3.0),
+            "pretrain": dict(steps=14000, batch_size=64, lr=1e-3, muon_lr=0.02, shift=3.0, cfg=2.5),
             "finetune": dict(steps=4000, batch_size=64, lr=5e-4, muon_lr=0.01),
             "edit": dict(steps=6000, batch_size=64, lr=5e-4, muon_lr=0.01)}
 
@@ -472,7 +473,7 @@ def inherited(cfg):
         raise ValueError(f"--stage {cfg.stage} needs --init-from RUN, the bundle whose MM-DiT it goes on from")
     if Path(cfg.init_from).resolve() == Path(cfg.out).resolve():
         raise ValueError(f"--out {cfg.out} is --init-from, which would be overwritten")
-    if Path(cfg.weights).resolve() not in (Path(cfg.init_from).resolve(), Path(TrainConfig.weights).resolve()):
+    if Path(cfg.weights).resolve() != Path(cfg.init_from).resolve() and (given("weights") or cfg.weights != TrainConfig.weights):
         raise ValueError(f"--weights is {cfg.weights}: --stage {cfg.stage} takes the frozen parts of --init-from")
     bundle = checkpoint.load_bundle(cfg.init_from)
     if cfg.data == TrainConfig.data and not (data := bundle.config.get("data", cfg.data)).startswith("shapes"):
@@ -481,11 +482,11 @@ def inherited(cfg):
     start = bundle.config | {name: model[name] for name in ("depth", "weight_sets")}
     taken = {name: start[name] for name in ("depth", "weight_sets", "clip_length", "t5_length", "formulation")}
     for name, value in taken.items():
-        if getattr(cfg, name) not in (value, getattr(TrainConfig, name)):
+        if getattr(cfg, name) != value and (given(name) or getattr(cfg, name) != getattr(TrainConfig, name)):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, that of {cfg.init_from} is {value}: --stage {cfg.stage} cannot change it")
     base = cfg.base_resolution or 16 * max(model["base_size"] * cfg.resolution // start["resolution"], 1)
     alpha = shift_alpha(cfg.resolution ** 2, start["resolution"] ** 2) if straight(start["formulation"]) else 1.0
-    return replace(cfg, weights=cfg.init_from, base_resolution=base, shift=cfg.shift or start["shift"] * alpha, **taken)
+    return replace(cfg, weights=cfg.init_from, base_resolution=base, shift=cfg.shift or start["shift"] * alpha, cfg=cfg.cfg or start["cfg"], **taken)
 
 
 def start_config(cfg):
@@ -601,6 +602,8 @@ def train_mmdit(cfg):
     bundle = run_bundle(cfg, dataset)
     form, channels = formulation(cfg.formulation), bundle.part("vae").config["latent_channels"]
     model_config = architecture(cfg, bundle.text.sizes, channels)
+    if not distributed.rank():
+        checkpoint.write_json(Path(cfg.out) / "mmdit.json", model_config)       # with it sample.py --mmdit takes a checkpoint before there is an mmdit.pt
     torch.manual_seed(cfg.seed)
     model = MMDiT(**model_config, attention=cfg.attention)
     start = start_config(cfg)
@@ -710,7 +713,7 @@ def check(cfg, processes):
         if not 0 <= getattr(cfg, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it is a share, in 0..1")
     if not 0 <= cfg.shift <= 100:
-        raise ValueError(f"--shift is {cfg.shift}; it must be above 0, which is the default, and at most 100")
+        raise ValueError(f"--shift is {cfg.shift}; it must be in 0..100; 0 is the default")
     if cfg.stage not in OF_THE_MMDIT and cfg.data.startswith("latents:"):
         raise ValueError(f"--stage {cfg.stage} needs pictures; {cfg.data} is for pretrain")
     kind = cfg.data.partition(":")[0]

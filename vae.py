@@ -136,6 +136,10 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         self.sizes = {"latent_channels": latent_channels, "channels": channels, "multipliers": list(multipliers), "blocks": blocks,
                       "unshuffle": unshuffle, "attention": attention, "groups": groups}
+        for value in scale, shift:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            if len(values) not in (1, latent_channels) or not all(isinstance(number, (int, float)) for number in values):
+                raise ValueError(f"the latents' scale and shift are numbers, or {latent_channels} each, one a channel, not {value!r}")
         self.scale, self.shift = scale, shift
         self.factor = unshuffle * 2 ** (len(multipliers) - 1)
         widths = [channels * m for m in multipliers]

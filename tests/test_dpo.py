@@ -303,7 +303,7 @@ def test_another_bundle_is_not_overwritten(align, tiny, tmp_path):
     checkpoint.copy_parts(tiny, tmp_path / "mine")
     before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
     for resume in (False, True):
-        with pytest.raises(ValueError, match="mmdit.pt is there and no run of stage dpo made it"):
+        with pytest.raises(ValueError, match="clip_g.pt is there and no run of stage dpo made it"):
             align("mine", steps=1, resume=resume)
     assert before == {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
 

@@ -1,5 +1,6 @@
 """sample.py: generate(), the command line, and what it answers to bad input."""
 
+import json
 import os
 import subprocess
 import sys
@@ -311,6 +312,7 @@ def test_another_mmdit_of_the_same_architecture(cli, tiny, tmp_path, bundle):
     (["--prompt", ""], "prompt 1 is empty"),
     (["--prompt", " \t "], "prompt 1 is empty"),
     (["--prompt", "x" * 10_000], "prompt 1 has 10000 characters; at most 2000"),
+    (["--prompt", A, "--negative-prompt", "x" * 10_000], "prompt 1 has 10000 characters"),
     (["--prompts-file", "absent.txt"], "absent.txt"),
     (["--prompt", A, "--width", "0"], "width is 0 pixels; it must be a multiple of 16 between 16 and 4096"),
     (["--prompt", A, "--height", "17"], "height is 17 pixels"),
@@ -355,6 +357,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, m
     ("mmdit.json", lambda raw: raw.replace(b'"depth": 1', b'"depth": 2'), "mmdit.pt is of another architecture"),
     ("mmdit.json", lambda raw: raw.replace(b'"context_dim": 32', b'"context_dim": 48'), "the MM-DiT takes 20 channels of CLIP's and 48 of T5's, the encoders have"),
     ("vae.json", lambda raw: raw.replace(b'"latent_channels": 4', b'"latent_channels": 8'), "the MM-DiT makes latents of 4 channels, the autoencoder 8"),
+    ("vae.json", lambda raw: json.dumps(json.loads(raw) | {"scale": "x"}).encode(), "scale and shift are numbers, or 4 each"),
+    ("vae.json", lambda raw: json.dumps(json.loads(raw) | {"shift": [0.1, 0.2]}).encode(), "scale and shift are numbers, or 4 each"),
     ("clip_l.json", lambda raw: b"[]", "clip_l.json holds no JSON object"),
     ("clip_l.json", lambda raw: b"{}", "the CLIPs' 768 + 12 channels do not fit into T5's 32"),
     ("t5.json", lambda raw: raw.replace(b'"layers": 1', b'"layers": 0'), "t5.pt: its config does not describe a T5Encoder"),

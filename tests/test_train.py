@@ -256,6 +256,9 @@ def test_nothing_is_lost_when_the_last_validation_is_stopped(run, tiny, tmp_path
         with pytest.raises(KeyboardInterrupt, match="the same command with --resume goes on"):
             run(**settings)
     trained = {name: x.half() for name, x in checkpoint.load_checkpoint(tmp_path / "pretrain-0000002.ckpt")["ema"].items()}
+    bundle = checkpoint.load_bundle(tmp_path)                                     # which has no mmdit.pt yet
+    sample.replace_mmdit(bundle, tmp_path / "pretrain-0000002.ckpt")
+    assert generate(bundle, ["a red circle"], steps=1).shape == (1, 32, 32, 3)
     monkeypatch.setattr(train, "gradients", None)                                 # there is nothing left to train
     run(**settings, resume=True)
     assert same(trained, weights(tmp_path))
@@ -538,7 +541,7 @@ def test_finetuning_at_twice_the_resolution(run, quick, tiny, tmp_path, monkeypa
     alphas, validation_loss = [], train.evaluate.validation_loss
     monkeypatch.setattr(train.evaluate, "validation_loss", lambda *a, **k: alphas.append(k["alpha"]) or validation_loss(*a, **k))
     run(stage="pretrain", out=str(tmp_path / "start"), weights=str(tiny), steps=1, shift=1.5, qk_norm=False)
-    sampled = {"sampler": "ancestral", "noise": 4.0, "t_last": 0.25, "steps": 2}
+    sampled = {"sampler": "ancestral", "noise": 4.0, "t_last": 0.25, "steps": 2, "cfg": 1.25}
     checkpoint.write_json(tmp_path / "start" / "config.json", checkpoint.read_json(tmp_path / "start" / "config.json") | sampled)
     shifts, shift = set(), train.shift
     monkeypatch.setattr(train, "shift", lambda t, alpha: shifts.add(alpha) or shift(t, alpha))
@@ -630,13 +633,17 @@ def test_the_architecture_that_is_gone_on_from(tmp_path):
     (["--stage", "edit", "--init-from", "TINY", "--data", "folder:x"], "--data folder:x is not what --stage edit learns from"),
     (["--data", "edits:x"], "--data edits:x is not what --stage pretrain learns from"),
     (["--stage", "finetune", "--init-from", "TINY", "--depth", "2"], "--depth is 2, that of"),
+    (["--stage", "finetune", "--init-from", "TINY", "--depth=4"], "--depth is 4, that of"),       # train.py's default, but said
+    (["--stage", "finetune", "--init-from", "TINY", "--weights", "weights/mini"], "--weights is weights/mini: --stage finetune takes the frozen parts of --init-from"),
+    (["--stage", "finetune", "--init-from", "TINY", "--out", "OTHER"], "vae.pt is there and no run of stage finetune made it"),
     (["--stage", "finetune", "--init-from", "TINY", "--weights", "absent"], "--weights is absent: --stage finetune takes the frozen parts of --init-from"),
     (["--stage", "finetune", "--init-from", "TINY", "--out", "TINY"], "which would be overwritten"),
     (["--stage", "finetune", "--init-from", "TINY", "--no-qk-norm"], "is of another architecture")])
 def test_stages_that_go_on_from_a_model_refuse(refused, tiny, tmp_path, monkeypatch, arguments, reason):
     monkeypatch.chdir(tmp_path)
+    checkpoint.copy_parts(tiny, tmp_path / "other", ["vae"])
     flags = ["--batch-size", 4, "--steps", 1, "--resolution", 32, "--chunk", 8, "--workers", 0, "--text-width", 32]
-    assert reason in refused("train.py", *flags, *(str(tiny) if a == "TINY" else a for a in arguments))
+    assert reason in refused("train.py", *flags, *({"TINY": tiny, "OTHER": "other"}.get(a, a) for a in arguments))
 
 
 def test_fig_5_of_runs_with_and_without_qk_norm(tiny, tmp_path, cli):
