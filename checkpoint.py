@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from config import Parser, one_line_errors, one_of
+from config import Parser, one_line_errors, one_of, read_json
 from layouts import CONFIGS, FOLDERS, FOREIGN, IGNORED, PREFIXES, PRESETS, RELEASED, TOLD, DiffusersLayout, Layout, arguments, count, diffusers_config, preset
 from mmdit import MMDiT
 from text_encoders import BPETokenizer, CLIPTextEncoder, T5Encoder, TextEncoders, TextSizes, UnigramTokenizer
@@ -68,17 +68,17 @@ def write_folder(path, save):
         new.rename(path)
 
 
+def write_text(path, text):
+    write(path, lambda temporary: Path(temporary).write_text(text))
+
+
 def write_json(path, value):
-    write(path, lambda temporary: Path(temporary).write_text(json.dumps(value, indent=1) + "\n"))
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is not there") from None
-    except ValueError:
-        raise ValueError(f"{path} is no JSON file") from None
+def write_lines(path, values):
+    """A line of JSON each."""
+    write_text(path, "".join(json.dumps(value) + "\n" for value in values))
 
 
 def read_object(path):

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import json
 import os
 import re
 import sys
@@ -17,6 +18,15 @@ def flag(default, help, group, choices=None, unit=""):
     """A config field: `help` says what it is, `unit` what it counts. A tuple default means that the flag may be repeated."""
     meta = {"help": help + (f" [{unit}]" if unit else ""), "group": group, "choices": choices}
     return dataclasses.field(default=default, metadata=meta)
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from None
 
 
 class Parser(argparse.ArgumentParser):

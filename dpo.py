@@ -175,19 +175,12 @@ def open_pairs(cfg, split):
     return open_data(spec, cfg.resolution, cfg.resolution, split, cfg.seed, buckets=cfg.buckets, upscale=cfg.upscale)
 
 
-def align(cfg):
-    """The stage: `train.fit` on the LoRA."""
-    dataset, held_out = open_pairs(cfg, "train"), open_pairs(cfg, "val")
-    bundle, out = checkpoint.load_bundle(cfg.weights, cfg.device), Path(cfg.out)
-    if isinstance(dataset, Latents):
-        check_fingerprint(dataset, [cfg.weights], cfg.clip_length, cfg.t5_length)
-    form, config = formulation(cfg.formulation), bundle.part("mmdit").config
-    made, shown = latent_channels(bundle.mmdit)
-    if shown:
-        raise ValueError(f"{cfg.weights} edits pictures: a LoRA is of models that draw them")
-    torch.manual_seed(cfg.seed)
-    bundle.mmdit = add_lora(bundle.mmdit, cfg.rank, cfg.alpha)
-    bundle.mmdit.checkpointing = cfg.checkpointing
+def comparison(cfg):
+    """-> noise_for(latents, n, generator): t and eps of n pairs; compared(model, *columns of pairs with their noise): `preference` of the model over itself without its LoRA."""
+    form = formulation(cfg.formulation)
+
+    def noise_for(latents, n, generator):
+        return shift(form.sample_t(n, generator), cfg.shift), torch.randn(n, latents.shape[1] // 2, *latents.shape[2:], generator=generator)
 
     def compared(model, latents, *columns):
         def reference(*inputs):
@@ -195,10 +188,22 @@ def align(cfg):
                 return model(*inputs)
         chosen, rejected, context, pooled, t, eps = (x.to(cfg.device) for x in (*latents.chunk(2, 1), *columns))
         return preference(model, reference, form, chosen, rejected, context, pooled, cfg.beta, t, eps)
+    return noise_for, compared
 
-    def noise_for(latents, n, generator):
-        """t and eps of n pairs."""
-        return shift(form.sample_t(n, generator), cfg.shift), torch.randn(n, latents.shape[1] // 2, *latents.shape[2:], generator=generator)
+
+def align(cfg):
+    """The stage: `train.fit` on the LoRA."""
+    dataset, held_out = open_pairs(cfg, "train"), open_pairs(cfg, "val")
+    bundle, out = checkpoint.load_bundle(cfg.weights, cfg.device), Path(cfg.out)
+    if isinstance(dataset, Latents):
+        check_fingerprint(dataset, [cfg.weights], cfg.clip_length, cfg.t5_length)
+    made, shown = latent_channels(bundle.mmdit)
+    if shown:
+        raise ValueError(f"{cfg.weights} edits pictures: a LoRA is of models that draw them")
+    torch.manual_seed(cfg.seed)
+    bundle.mmdit = add_lora(bundle.mmdit, cfg.rank, cfg.alpha)
+    bundle.mmdit.checkpointing = cfg.checkpointing
+    noise_for, compared = comparison(cfg)
 
     def draw(batch, generator):
         return *batch, *map(distributed.own, noise_for(batch[0], cfg.batch_size, generator))
@@ -223,7 +228,7 @@ def align(cfg):
         save_png(grid(generate(bundle, prompts)), out / f"grid-{step:07}.png", {"step": step, "prompts": "\n".join(prompts)})
         save_lora(out / "lora.safetensors", model)
         if ours:
-            checkpoint.save_part(out, "mmdit", merge_lora(copy.deepcopy(model)), config)
+            checkpoint.save_part(out, "mmdit", merge_lora(copy.deepcopy(model)), bundle.part("mmdit").config)
         scores = evaluate.geneval(bundle, 10)[0] if cfg.data.startswith("shapes") else {}
         return {"val_loss": -F.logsigmoid(margin).mean().item(), **{f"val_{name}": value for name, value in logged(margin, drift).items()}, **scores}
 
@@ -338,7 +343,7 @@ def ask(out, tasks, samples):
     for first in range(0, len(tasks), 12):
         contact_sheet(out, range(first, min(first + 12, len(tasks))), tasks, samples)
     lines = ["# prompt, best picture, worst picture: put numbers of sheet-*.png for the two dashes; lines with dashes are left out", *(f"{n:05} - - {task.prompt}" for n, task in enumerate(tasks))]
-    checkpoint.write(out / "choices.txt", lambda temporary: Path(temporary).write_text("\n".join(lines) + "\n"))
+    checkpoint.write_text(out / "choices.txt", "\n".join(lines) + "\n")
     print(f"{out}: look at sheet-*.png, fill in choices.txt, then run the same command again")
 
 
@@ -424,7 +429,7 @@ def make_pairs(cfg):
             for k in range(cfg.samples) if judge == "person" else {k for pair in pairs for k in pair}:
                 save_png(Image.fromarray(images[k].numpy()), out / picture_name(len(done), k), {"prompt": task.prompt})
             done.append({"prompt": task.prompt, "scores": scores, "pairs": pairs})
-        checkpoint.write(out / "judged.jsonl", lambda temporary: Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in done)))
+        checkpoint.write_lines(out / "judged.jsonl", done)
     if judge == "person":
         if not (out / "choices.txt").exists():
             return ask(out, todo, cfg.samples)
@@ -437,7 +442,7 @@ def finish(out, rows):
     pairs = [{"prompt": row["prompt"], "chosen": picture_name(number, a), "rejected": picture_name(number, b)} for number, row in enumerate(rows) for a, b in row["pairs"]]
     if not pairs:
         raise ValueError(f"of none of {len(rows)} prompts one picture is better than another: more --samples may help")
-    checkpoint.write(out / "metadata.jsonl", lambda temporary: Path(temporary).write_text("".join(json.dumps(pair) + "\n" for pair in pairs)))
+    checkpoint.write_lines(out / "metadata.jsonl", pairs)
     print(f"{out}: {len(pairs)} pairs of {len(rows)} prompts")
 
 

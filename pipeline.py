@@ -518,6 +518,6 @@ def dedup(cfg):
     found = sum(map(len, groups.values()))
     report = {"embeddings": cfg.embeddings, "vectors": len(embeddings), "threshold": cfg.threshold, "clusters": k, "duplicates": found, "share": found / len(embeddings),
               "seconds": round(time.time() - begun, 1), "groups": sorted(([kept, *others] for kept, others in groups.items()), key=lambda group: (-len(group), group))}
-    checkpoint.write(cfg.out, lambda temporary: Path(temporary).write_text(json.dumps(report) + "\n"))
+    checkpoint.write_lines(cfg.out, [report])
     print(f"{cfg.out}: {found} of {len(embeddings)} items are duplicates ({found / len(embeddings):.2%}) of {len(groups)}, the most of one are "
           f"{max(map(len, groups.values()), default=0)}; {report['seconds']} s")

@@ -20,6 +20,11 @@ from optim import local
 from pipeline import precision
 
 
+def due(step, every):
+    """Is it step's turn? 0: never."""
+    return bool(every) and step % every == 0
+
+
 def read_lines(path):
     """The objects of a file of JSON lines, if it is there; a killed run may leave half a line."""
     return [json.loads(line) for line in (path.read_text().splitlines() if path.exists() else []) if line.endswith("}")]
@@ -78,7 +83,7 @@ class Run:
         for left in self.folder.glob(f".{self.cfg.stage}-*.ckpt*"):
             remove(left)
         kept = [row for row in self.rows() if row["stage"] != self.cfg.stage or row["step"] <= step]
-        checkpoint.write(self.metrics, lambda temporary: Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in kept)))
+        checkpoint.write_lines(self.metrics, kept)
         checkpoint.write_json(self.folder / f"{self.cfg.stage}-config.json", asdict(self.cfg))
         with contextlib.suppress(ImportError):  # no TensorBoard, no files for it
             from torch.utils.tensorboard import SummaryWriter
@@ -142,7 +147,7 @@ class Run:
         """The stage's part is written: the checkpoints have served, but for milestones."""
         self.log(self.cfg.steps, done=True)
         for step, path in self.checkpoints().items() if distributed.rank() == 0 else ():
-            if not self.cfg.milestone_every or step % self.cfg.milestone_every:
+            if not due(step, self.cfg.milestone_every):
                 remove(path)
 
     def rows(self):

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from config import read_json
 from mmdit import Linear, gelu
 
 
@@ -276,13 +277,6 @@ def span_corruption(tokens, sentinels, rate=0.15, mean_span=3.0, pad=0, eos=1, g
 
 
 # ---------------------------------------------------------------- tokenizers
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from None
-
 
 def frequent(rows, min_share):
     """{word: in how many rows} of the words that at least `min_share` of the rows (lists of words) contain, the most frequent first."""

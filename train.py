@@ -129,7 +129,7 @@ from mmdit import MMDiT, fit_qk_norms, grown
 from optim import make_optimizers, set_rates, update_average, whole
 from pipeline import autocast, batches, caption_batches, check_fingerprint, conditioned_batches, first, held_out_batches, precision, report_skipped, some_captions
 from plan import counted_step, plan
-from runs import Meter, Run, plot
+from runs import Meter, Run, due, plot
 from sample import check_device, check_size, generate, grid, latent_channels, save_png, to_uint8
 from text_encoders import (BPETokenizer, CLIPTextEncoder, T5Denoiser, T5Encoder, TextSizes, UnigramTokenizer, contrastive_loss,
                            span_corruption)
@@ -253,7 +253,7 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
             set_rates(optimizers, step, cfg)
             columns = draw(batch, torch.Generator().manual_seed(cfg.seed * 1_000_003 + step))
             module.zero_grad(set_to_none=True)
-            with watched(module, cfg.watch_every and (step + 1) % cfg.watch_every == 0 and isinstance(module, MMDiT)) as attentions:
+            with watched(module, due(step + 1, cfg.watch_every) and isinstance(module, MMDiT)) as attentions:
                 loss, values = gradients(network, columns, cfg)
             norm = distributed.clip_gradients(module, cfg.clip_grad or math.inf).item()
             loss, stopping = distributed.mean([loss, bool(signals)], cfg.device)   # the same in all processes: they stop at one step
@@ -269,11 +269,11 @@ def fit(cfg, module, data, draw, loss_of, validate, flops=0):
             bar.update()
             if attentions:
                 run.log(step, **by_block(attentions, len(module.joint_blocks)))
-            if step % cfg.log_every == 0:
+            if due(step, cfg.log_every):
                 meter.report(run, step, optimizers[-1].param_groups[0]["lr"], bar)
-            if step % cfg.eval_every == 0 and step < cfg.steps and not stopping:
+            if due(step, cfg.eval_every) and step < cfg.steps and not stopping:
                 evaluated()
-            if step % (cfg.checkpoint_every or cfg.eval_every) == 0 or step == cfg.steps or stopping or (cfg.milestone_every and step % cfg.milestone_every == 0):
+            if due(step, cfg.checkpoint_every or cfg.eval_every) or due(step, cfg.milestone_every) or step == cfg.steps or stopping:
                 run.save(step, module, averages, optimizers, bad=bad)
             if stopping:
                 distributed.barrier()                                         # torchrun ends the others once one has ended: first rank 0 writes

@@ -364,7 +364,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(refused, tiny, tmp_path, m
     ("t5.json", lambda raw: raw.replace(b'"layers": 1', b'"layers": 0'), "t5.pt: its config does not describe a T5Encoder"),
     ("config.json", lambda raw: raw.replace(b'"clip_length": 16', b'"clip_length": 32'), "clip_length is 32 tokens, its clip_l has positions for 16"),
     ("config.json", lambda raw: raw.replace(b"rf/", b"fr/"), "unknown formulation 'fr/lognorm(0.00,1.00)'"),
-    ("clip_tokenizer/vocab.json", lambda raw: raw[:100], "vocab.json is not a JSON file"),
+    ("clip_tokenizer/vocab.json", lambda raw: raw[:100], "vocab.json is no JSON file"),
     ("t5_tokenizer/tokenizer.json", None, "tokenizer.json")])
 def test_damaged_weights_are_named_and_nothing_is_written(refused, bundle, tmp_path, part, damage, reason):
     checkpoint.save_bundle(bundle, tmp_path / "bundle")
