@@ -28,6 +28,7 @@ from tqdm import tqdm
 import checkpoint
 from config import check_least, going_on
 from data import LATENT_ARRAYS, Latents, Unreadable, open_data
+from mmdit import by_onednn, onednn
 from sample import check_device, check_size, from_uint8
 
 
@@ -456,10 +457,10 @@ def duplicates(vectors, threshold, block=512):
 
     Items are taken in order; one that is no duplicate itself makes duplicates of all others whose cosine similarity reaches the threshold. Items before it
     need no look: a similar one that is no duplicate would have made it one."""
-    of = torch.full((len(vectors),), -1)
+    of, product = torch.full((len(vectors),), -1), onednn if by_onednn(vectors) else F.linear
     for start in range(0, len(vectors), block):
         rows = start + torch.nonzero(of[start:start + block] < 0).flatten()
-        cosine = vectors[rows] @ vectors[start:].T                               # (rows, n - start): the range search
+        cosine = product(vectors[rows], vectors[start:], None)                   # (rows, n - start): the range search
         cosine[torch.arange(len(rows)), rows - start] = -torch.inf               # of itself no item is a duplicate
         hits = torch.nonzero(cosine.amax(1) >= threshold).flatten()
         for item, row in zip(rows[hits].tolist(), cosine[hits]):
