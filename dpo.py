@@ -218,6 +218,7 @@ def align(cfg):
         raise ValueError(f"{cfg.pairs} has {validation[0][0].shape[1]} channels of latents a pair, not twice {made}: `python data.py precompute --data pairs:...` makes them")
     prompts = train.fixed_prompts(cfg, held_out)
     ours = isinstance(bundle.part("mmdit"), checkpoint.BundlePart)          # released weights get their LoRA alone
+    Run(cfg).claim()
     if ours and not distributed.rank():
         checkpoint.copy_parts(cfg.weights, out, (*train.FROZEN, "config"))
 

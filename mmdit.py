@@ -92,18 +92,23 @@ flop_registry.update({aten._scaled_dot_product_flash_attention_for_cpu: flop_reg
                       aten.baddbmm_: flop_registry[aten.baddbmm]})
 
 
+def linear(x, weight, bias=None):
+    """x W^T + b by whichever library is faster: (..., I), (O, I), (O,) or None -> (..., O)."""
+    if not by_onednn(x):
+        return F.linear(x, weight, bias)
+    return (onednn_linear if traced() else onednn)(x, weight, bias)
+
+
 class Linear(nn.Linear):
     def forward(self, x):
-        if not by_onednn(x):
-            return super().forward(x)
-        return (onednn_linear if traced() else onednn)(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
-def gelu(linear, x):
-    """GELU(linear(x)), in sampling by oneDNN while the product is still in the cache: by itself it takes a third of a product's time."""
-    if type(linear) is Linear and by_onednn(x) and not traced():
-        return onednn(x, linear.weight, linear.bias, 'gelu')
-    return F.gelu(linear(x), approximate='tanh')
+def gelu(layer, x):
+    """GELU(layer(x)), in sampling by oneDNN while the product is still in the cache: by itself it takes a third of a product's time."""
+    if type(layer) is Linear and by_onednn(x) and not traced():
+        return onednn(x, layer.weight, layer.bias, 'gelu')
+    return F.gelu(layer(x), approximate='tanh')
 
 
 # ---------------------------------------------------------------- attention

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import checkpoint
 from config import check_least, going_on
 from data import LATENT_ARRAYS, Latents, Unreadable, open_data
-from mmdit import by_onednn, onednn
+from mmdit import linear
 from sample import check_device, check_size, from_uint8
 
 
@@ -457,10 +457,10 @@ def duplicates(vectors, threshold, block=512):
 
     Items are taken in order; one that is no duplicate itself makes duplicates of all others whose cosine similarity reaches the threshold. Items before it
     need no look: a similar one that is no duplicate would have made it one."""
-    of, product = torch.full((len(vectors),), -1), onednn if by_onednn(vectors) else F.linear
+    of = torch.full((len(vectors),), -1)
     for start in range(0, len(vectors), block):
         rows = start + torch.nonzero(of[start:start + block] < 0).flatten()
-        cosine = product(vectors[rows], vectors[start:], None)                   # (rows, n - start): the range search
+        cosine = linear(vectors[rows], vectors[start:])                          # (rows, n - start): the range search
         cosine[torch.arange(len(rows)), rows - start] = -torch.inf               # of itself no item is a duplicate
         hits = torch.nonzero(cosine.amax(1) >= threshold).flatten()
         for item, row in zip(rows[hits].tolist(), cosine[hits]):

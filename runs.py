@@ -70,21 +70,25 @@ class Run:
                 raise ValueError(f"{self.folder} was begun with --{name.replace('_', '-')} {begun[name]}, not {getattr(self.cfg, name)}")
         parts = {"vae": "vae.pt", "clip": "clip_l.pt", "t5": "t5.pt", "pretrain": "mmdit.pt"}.get(self.cfg.stage, "*.pt")       # the others write all
         part = min(self.folder.glob(parts), default=None)
-        if part and not before.exists():                # `start` writes it
+        if part and not before.exists():                # `claim` writes it
             raise ValueError(f"{part} is there and no run of stage {self.cfg.stage} made it: another --out is needed")
         if made > self.cfg.steps and not done:
             raise ValueError(f"--steps is {self.cfg.steps}, {self.latest()} is further")
+
+    def claim(self):
+        """Writes the settings, by which `check_folder` knows what else the stage writes as its own."""
+        if not distributed.rank():
+            checkpoint.write_json(self.folder / f"{self.cfg.stage}-config.json", asdict(self.cfg))
 
     def start(self, step):
         """At `step`: forgets what a killed run wrote after its last checkpoint."""
         if distributed.rank():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.claim()
         for left in self.folder.glob(f".{self.cfg.stage}-*.ckpt*"):
             remove(left)
         kept = [row for row in self.rows() if row["stage"] != self.cfg.stage or row["step"] <= step]
         checkpoint.write_lines(self.metrics, kept)
-        checkpoint.write_json(self.folder / f"{self.cfg.stage}-config.json", asdict(self.cfg))
         with contextlib.suppress(ImportError):  # no TensorBoard, no files for it
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(self.folder / "tensorboard" / self.cfg.stage, purge_step=step + 1)

@@ -79,17 +79,17 @@ MAX_PROMPT, MAX_SIDE = 2000, 4096
 MAX_AHEAD = 2 ** 26  # numbers of modulations that are made ahead of sampling, of all times and samples
 
 
-def check_prompts(prompts):
+def check_prompts(prompts, what="prompt"):
     """The prompts, or a ValueError about the first that cannot be used."""
     if not prompts:
         raise ValueError("no prompt: give --prompt \"...\" or --prompts-file")
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
-            raise ValueError(f"prompt {number} is empty")
+            raise ValueError(f"{what} {number} is empty")
         if len(prompt) > MAX_PROMPT:
-            raise ValueError(f"prompt {number} has {len(prompt)} characters; at most {MAX_PROMPT} are taken")
+            raise ValueError(f"{what} {number} has {len(prompt)} characters; at most {MAX_PROMPT} are taken")
         if re.search("[\ud800-\udfff]", prompt):      # what Python makes of bytes that are not UTF-8
-            raise ValueError(f"prompt {number} is not written in UTF-8")
+            raise ValueError(f"{what} {number} is not written in UTF-8")
     return list(prompts)
 
 
@@ -369,7 +369,7 @@ def read_prompts(cfg):
     if cfg.prompts_file:
         prompts += prompts_of(cfg.prompts_file)
     if cfg.negative_prompt:
-        check_prompts([cfg.negative_prompt])
+        check_prompts([cfg.negative_prompt], "negative prompt")
     return check_prompts(prompts)
 
 

@@ -584,6 +584,8 @@ def run_bundle(cfg, dataset):
     clip_l = Path(cfg.weights if "clip_l" in missing else cfg.out) / "clip_l.json"
     if clip_l.exists() and cfg.clip_length > (most := checkpoint.read_json(clip_l)["length"]):
         raise ValueError(f"--clip-length is {cfg.clip_length}; the CLIPs of {clip_l.parent} have positions for {most}")
+    if cfg.stage in FROM_A_MODEL:
+        Run(cfg).claim()                                # its copies are its own, should it be stopped before `fit`
     if missing and not distributed.rank():
         checkpoint.copy_parts(cfg.weights, cfg.out, missing)
         seen = str(checkpoint.read_object(Path(cfg.weights) / "config.json").get("data"))

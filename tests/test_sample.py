@@ -312,7 +312,7 @@ def test_another_mmdit_of_the_same_architecture(cli, tiny, tmp_path, bundle):
     (["--prompt", ""], "prompt 1 is empty"),
     (["--prompt", " \t "], "prompt 1 is empty"),
     (["--prompt", "x" * 10_000], "prompt 1 has 10000 characters; at most 2000"),
-    (["--prompt", A, "--negative-prompt", "x" * 10_000], "prompt 1 has 10000 characters"),
+    (["--prompt", A, "--negative-prompt", "x" * 10_000], "negative prompt 1 has 10000 characters"),
     (["--prompts-file", "absent.txt"], "absent.txt"),
     (["--prompt", A, "--width", "0"], "width is 0 pixels; it must be a multiple of 16 between 16 and 4096"),
     (["--prompt", A, "--height", "17"], "height is 17 pixels"),

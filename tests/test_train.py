@@ -563,6 +563,18 @@ def test_finetuning_at_twice_the_resolution(run, quick, tiny, tmp_path, monkeypa
     assert (train.inherited(cfg).shift, train.inherited(replace(cfg, shift=1.5)).shift, train.inherited(replace(cfg, resolution=128)).shift) == (3.0, 1.5, 6.0)
 
 
+def test_finetuning_stopped_before_its_first_step_begins_again(run, quick, tiny, tmp_path, monkeypatch):
+    """What it copied by then is its own."""
+    settings = dict(stage="finetune", out=str(tmp_path / "fine"), init_from=str(tiny), resolution=64, base_resolution=32, steps=1)
+    with monkeypatch.context() as patch:
+        interrupt(patch, "validation_batches", 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(**settings)
+    assert (tmp_path / "fine" / "vae.pt").exists()
+    run(**settings)
+    assert checkpoint.load_bundle(tmp_path / "fine").mmdit
+
+
 def test_a_base_resolution_keeps_the_function_on_pictures_of_it(run, quick, tiny, tmp_path):
     """Positions go on outside those of the pretraining, instead of between them."""
     run(stage="finetune", out=str(tmp_path / "fine"), init_from=str(tiny), resolution=64, base_resolution=32, steps=1, lr=1e-12, optimizer="adamw")
